@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .scene import COLOURS, CONTEXTS, PATTERNS, Scene
+from .scene import CATEGORIES, COLOURS, CONTEXTS, PATTERNS, Scene
 
 TEMPLATES = (
     "a photo of a {}",
@@ -26,6 +26,12 @@ class Caption:
 
     text: str
     stated: tuple[int, int, int, int]
+
+
+def caption_vocabulary() -> list[str]:
+    """Every word that captions use."""
+    texts = (*TEMPLATES, "an", *CATEGORIES, *COLOURS, *PATTERNS, *CONTEXTS)
+    return sorted({word for text in texts for word in text.replace("{}", "").split()})
 
 
 def _article(text: str) -> str:

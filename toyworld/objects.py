@@ -38,7 +38,7 @@ class Part(NamedTuple):
     """A polygon (N, 2) and what it is made of: a material, or a role in the individual's own colours.
 
     Roles: `body` takes pattern and tone; `skin` is the body's colour without them; `second` and `deep` take the second
-    colour where parts have one, else the body's colour and a deep shade of it; `light` and `dark` are shades of the body.
+    colour where parts have one, else the body's colour and a deep shade; `light` and `dark` are shades of the body.
     """
 
     polygon: np.ndarray
