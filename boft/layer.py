@@ -1,0 +1,456 @@
+"""The layers that replace a model's own: `Linear` (also quantized ones and transformers' `Conv1D`) and `Conv2d`.
+
+A layer holds the parameters of its adapters and decides how to reach the output: through the base layer (disabled,
+merged, or nothing to apply), through a cached rotated weight (nothing trains), or through the differentiable product
+of `boft.functional`. The mathematics is in `boft.rotation`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import quantization_extra_repr
+from torch import Tensor, nn
+
+from boft.functional import linear_reference, rotated_linear, rotated_weight, scale_output
+from boft.memory import RotatedWeight, Solved
+from boft.rotation import apply_blocks, cayley, compose, rotate_weight, skew
+from boft.shape import resolve
+
+
+class BOFTLayer(BaseTunerLayer):
+    """What both layers share: parameters, strength, dropout, merging.
+
+    Parameters of an adapter, under peft's names and in peft's shapes, at least float32:
+
+    * `boft_R` (m, D, b, b): zeros in a fresh adapter. Factor i is the Cayley transform of its skew part.
+    * `boft_s` (out_features, 1) for linear, (1, out_channels) for convolutions: the scales, ones in a fresh adapter.
+    """
+
+    adapter_layer_names = ("boft_R", "boft_s")
+    other_param_names = ("boft_dropout", "scaling", "factor_scaling")
+
+    # Whether a layer in which nothing trains keeps its rotated weight, a second copy of the base weight, so that an
+    # unmerged adapter costs nothing from the second call on. False: rotate again in every call.
+    keep_rotated_weight = True
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.boft_R = nn.ParameterDict({})
+        self.boft_s = nn.ParameterDict({})
+        self.boft_dropout: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.factor_scaling: dict[str, tuple[float, ...] | None] = {}
+        self.frozen_peft_weight_names = {}  # adapter -> names of its parameters that do not learn
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.solved = Solved()
+        self.rotated_weight = RotatedWeight()
+        self._unmerged_weight = None  # the base weight as it was, while an adapter is merged
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    # Parameters
+
+    def update_layer(self, adapter_name: str, config, **kwargs) -> None:
+        """Adds an adapter. Raises ValueError where the blocks do not fit the layer."""
+        d, m = self.rotated_features(self.get_base_layer()), config.boft_n_butterfly_factor
+        b, D = resolve(d, config.boft_block_size, config.boft_block_num, m)
+        self.boft_dropout[adapter_name] = config.boft_dropout
+        self.scaling[adapter_name] = 1.0
+        self.factor_scaling[adapter_name] = None
+        if not getattr(config, "boft_train_scale", True):
+            self.frozen_peft_weight_names[adapter_name] = ("boft_s",)
+        self.boft_R[adapter_name] = nn.Parameter(torch.zeros(m, D, b, b))
+        self.boft_s[adapter_name] = nn.Parameter(torch.ones(self.scale_shape()))
+        self.reset_boft_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_boft_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """True: the identity. False: random, with the deviations that peft uses."""
+        R, s = self.boft_R[adapter_name], self.boft_s[adapter_name]
+        if init_weights:
+            nn.init.zeros_(R)
+            nn.init.ones_(s)
+        else:
+            nn.init.normal_(R, mean=0.0, std=0.1)
+            nn.init.normal_(s, mean=1.0, std=0.1)
+
+    def set_shape(self, adapter_name: str, m: int, D: int, b: int) -> None:
+        """Gives an adapter other blocks, for a checkpoint whose tensors differ from its configuration."""
+        R = self.boft_R[adapter_name]
+        zeros = torch.zeros(m, D, b, b, dtype=R.dtype, device=R.device)
+        self.boft_R[adapter_name] = nn.Parameter(zeros, requires_grad=R.requires_grad)
+        self.factor_scaling[adapter_name] = None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves the adapter to where the base weight is; unlike in peft, it stays in float32 (or higher): in half
+        precision, s = 1 + 0.001 is 1 and small updates are lost."""
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device or base_device
+        for parameters in (self.boft_R, self.boft_s):
+            parameter = parameters[adapter_name]
+            if parameter.device.type == "meta":
+                continue
+            dtype = torch.float64 if torch.float64 in (parameter.dtype, base_dtype) else torch.float32
+            if (parameter.device, parameter.dtype) != (device, dtype):
+                moved = parameter.detach().to(device or parameter.device, dtype)
+                parameters[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+
+    # Strength
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Strength α along the rotation: S → α S, s → 1 + α (s - 1). Orthogonal for every α; 0 is the base model."""
+        if adapter in self.scaling:
+            self._refuse_while_merged(adapter, "set_scale")
+            self.scaling[adapter] = float(scale)
+
+    def set_factor_scale(self, adapter: str, scales: Sequence[float] | None) -> None:
+        """Strength of each factor, B_0 first, on top of the adapter's own; None resets them.
+
+        Zeros remove factors one by one, the paper's free weight interpolation (Section 6.3). s is left alone.
+
+        Raises:
+            ValueError: If the number of values is not m.
+        """
+        if adapter not in self.boft_R:
+            return
+        self._refuse_while_merged(adapter, "set_factor_scale")
+        m = self.boft_R[adapter].shape[0]
+        if scales is not None and len(scales) != m:
+            raise ValueError(
+                f"factor strengths {list(scales)}: adapter {adapter!r} has m={m} factors, give {m} values"
+            )
+        self.factor_scaling[adapter] = None if scales is None else tuple(float(scale) for scale in scales)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.set_scale(adapter, self.scaling[adapter] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of the active adapters; None resets it to 1."""
+        if scale == 0:
+            raise ValueError("unscale_layer(0) would divide by zero: call unscale_layer() to reset the strength to 1")
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.set_scale(adapter, 1.0 if scale is None else self.scaling[adapter] / scale)
+
+    def _refuse_while_merged(self, adapter: str, what: str) -> None:
+        if adapter in self.merged_adapters:
+            raise ValueError(f"{what}: adapter {adapter!r} is merged; call unmerge_adapter() first")
+
+    def strengths(self, adapter: str) -> tuple[float, ...]:
+        """Strength of each of the m factors, the adapter's own included."""
+        factors = self.factor_scaling[adapter] or (1.0,) * self.boft_R[adapter].shape[0]
+        return tuple(self.scaling[adapter] * factor for factor in factors)
+
+    # From parameters to rotations
+
+    def applied_adapters(self) -> list[str]:
+        """The active adapters that this layer has and that have any strength."""
+        return [name for name in self.active_adapters if name in self.boft_R and self.scaling[name] != 0]
+
+    def trains(self, adapters: Sequence[str]) -> bool:
+        """Whether gradients flow into the adapters, or dropout makes every call another."""
+        if any(self.drops(name) for name in adapters):
+            return True
+        return torch.is_grad_enabled() and any(
+            self.boft_R[name].requires_grad or self.boft_s[name].requires_grad for name in adapters
+        )
+
+    def drops(self, adapter: str) -> bool:
+        """Whether multiplicative dropout is at work."""
+        return self.training and self.boft_dropout[adapter] > 0
+
+    def solvable(self, adapter: str) -> Tensor:
+        """R with the strengths in it, (m, D, b, b), at least float32: what the Cayley transform starts from."""
+        R = self.boft_R[adapter]
+        R = R if R.dtype == torch.float64 else R.float()
+        strengths = self.strengths(adapter)
+        if len(set(strengths)) > 1:
+            return torch.stack([alpha * factor for alpha, factor in zip(strengths, R)])
+        return R if strengths[0] == 1 else R * strengths[0]
+
+    def super_blocks(self, adapter: str) -> Tensor:
+        """The super-blocks of B, (d / K, K, K): those that the model's hook has solved, or solved here."""
+        if self.drops(adapter):
+            Q = self.solved.factors(adapter)
+            Q = cayley(skew(self.solvable(adapter))) if Q is None else Q
+            return compose(drop_blocks(Q, self.boft_dropout[adapter]))
+        blocks = self.solved.blocks(adapter)
+        return compose(cayley(skew(self.solvable(adapter)))) if blocks is None else blocks
+
+    def scales(self, adapters: Sequence[str]) -> Tensor:
+        """Product of the adapters' scales with their strengths, (o,)."""
+        result = None
+        for name in adapters:
+            s, alpha = self.boft_s[name].flatten(), self.scaling[name]
+            s = s if s.dtype == torch.float64 else s.float()
+            s = s if alpha == 1 else 1 + alpha * (s - 1)
+            result = s if result is None else result * s
+        return result
+
+    def effective_weight(self, adapters: Sequence[str]) -> Tensor:
+        """diag(s) W Bᵀ over all given adapters, in the shape of the base weight; rotated in float32, then cast."""
+        base = self.get_base_weight()
+        W = self._as_rows(base)  # (o, d)
+        W = W if W.dtype == torch.float64 else W.float()
+        for name in adapters:
+            W = rotate_weight(W, self.super_blocks(name))
+        return self._from_rows(W * self.scales(adapters)[:, None]).to(base.dtype)
+
+    def frozen_weight(self, adapters: Sequence[str]) -> Tensor:
+        """The effective weight, kept from call to call while nothing that it was made of changes."""
+        if self.rotated_weight.is_current(self, adapters):
+            return self.rotated_weight.weight
+        # A tensor made in inference mode could not be used outside of it later.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self.effective_weight(adapters)
+            if self.keep_rotated_weight:
+                self.rotated_weight.keep(self, adapters, weight)
+        return weight
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts the rotated weight in the place of the base weight. Computed in float32, then cast.
+
+        The base weight is kept beside it until `unmerge`, which puts it back bit for bit; that costs one copy of it.
+
+        Args:
+            safe_merge: Look for values that are not finite first.
+            adapter_names: Which adapters; None = the active ones.
+
+        Raises:
+            TypeError: If the base layer is quantized in a format that cannot be written.
+            ValueError: With `safe_merge`, if the merged weight is not finite. The layer is left as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.boft_R]
+        if not names:
+            return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(f"BOFT cannot merge into {backend.backend_name} weights; use the adapter unmerged")
+
+        merged = [*self.merged_adapters, *names]
+        kept = self._unmerged_weight
+        if kept is not None:  # start from the base weight again: nothing is rounded twice
+            self._restore(kept)
+        kept = self._keep()
+        with torch.no_grad():
+            applied = [name for name in merged if self.scaling[name] != 0]
+            weight = self.effective_weight(applied) if applied else self.get_base_weight().clone()
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"adapter {', '.join(names)!r}: the merged weight is not finite, nothing was merged")
+            self.set_base_weight(weight)
+        self._unmerged_weight = kept
+        self.merged_adapters = merged
+        self.rotated_weight.forget()
+
+    def unmerge(self) -> None:
+        """Puts the base weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters = []
+
+    def _keep(self):
+        """The base weight as it is: the tensor, or the parameter with its quantization state."""
+        base = self.get_base_layer()
+        return base.weight.data if self.quantization_backend is None else base.weight
+
+    def _restore(self, kept) -> None:
+        base = self.get_base_layer()
+        if self.quantization_backend is None:
+            base.weight.data = kept.to(base.weight.device, base.weight.dtype)
+        else:
+            base.weight = kept
+            if hasattr(base, "state"):  # bitsandbytes' 8 bit layers keep what they derived from the weight
+                base.state.reset_grads()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "boft." + nn.Module.__repr__(self)
+
+
+class Linear(nn.Module, BOFTLayer):
+    """BOFT on a linear layer: nn.Linear, transformers' `Conv1D`, or a quantized linear."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
+        nn.Module.__init__(self)
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self.in_features, self.out_features = linear_features(base_layer)
+        BOFTLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
+
+    @staticmethod
+    def rotated_features(base_layer: nn.Module) -> int:
+        """d, the input features."""
+        return linear_features(base_layer)[0]
+
+    def scale_shape(self) -> tuple[int, int]:
+        return (self.out_features, 1)
+
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _from_rows(self, weight: Tensor) -> Tensor:
+        return weight.t().contiguous() if self.fan_in_fan_out else weight
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(..., d) -> (..., o), in the dtype of x."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self.applied_adapters()
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs).to(x.dtype)
+
+        self.solved.check_grad_mode()
+        trains = self.trains(adapters)
+        if trains:
+            self.rotated_weight.forget()
+        if not self._base_is_plain():
+            y = self._through_base_layer(x, adapters)
+        elif trains or torch.compiler.is_compiling():
+            y = self._differentiable(x, adapters)
+        else:
+            y = self._linear(x, self.frozen_weight(adapters))
+        return y.to(x.dtype)
+
+    def _differentiable(self, x: Tensor, adapters: list[str]) -> Tensor:
+        base = self.get_base_layer()
+        dtype = compute_dtype(x)
+        x, W = x.to(dtype), self._as_rows(base.weight).to(dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        for name in reversed(adapters[1:]):  # y = x B(a2) B(a1): the last one first
+            x = apply_blocks(x, self.super_blocks(name).to(dtype))
+        blocks, s = self.super_blocks(adapters[0]).to(dtype), self.scales(adapters)
+        if W.requires_grad or torch.compiler.is_compiling():
+            return linear_reference(x, blocks, W, s, bias)
+        return rotated_linear(x, blocks, W, s, bias)
+
+    def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
+        """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""
+        z = x.to(compute_dtype(x))
+        for name in reversed(adapters):
+            z = apply_blocks(z, self.super_blocks(name).to(z.dtype))
+        u = self.base_layer(z)
+        bias = self.get_base_layer().bias
+        return scale_output(u, self.scales(adapters), None if bias is None else bias.to(u.dtype))
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        bias = self.get_base_layer().bias
+        if self.fan_in_fan_out:  # as transformers' Conv1D does it
+            return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
+        return F.linear(x, weight, bias)
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer is no more than a product with its weight."""
+        base = self.base_layer
+        return (
+            self.quantization_backend is None
+            and (type(base).forward is nn.Linear.forward or is_conv1d(base))
+            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+        )
+
+
+class Conv2d(nn.Module, BOFTLayer):
+    """BOFT on a convolution with any kernel, stride, padding, padding mode, dilation and groups.
+
+    The rotated axis is the flattened filter, f = (c · kh + ky) · kw + kx with c counting the channels of one group,
+    so that d = in_channels / groups · kh · kw, and the filters of all groups share the rotation.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
+        BOFTLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
+
+    @staticmethod
+    def rotated_features(base_layer: nn.Module) -> int:
+        """d, the size of a flattened filter."""
+        kh, kw = base_layer.kernel_size
+        return base_layer.in_channels // base_layer.groups * kh * kw
+
+    def scale_shape(self) -> tuple[int, int]:
+        return (1, self.out_features)
+
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def _from_rows(self, weight: Tensor) -> Tensor:
+        return weight.view(self.get_base_layer().weight.shape)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(N, C, H, W) or (C, H, W) -> the same with the convolution's output size, in the dtype of x."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self.applied_adapters()
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs).to(x.dtype)
+
+        self.solved.check_grad_mode()
+        if self.trains(adapters) or torch.compiler.is_compiling():
+            self.rotated_weight.forget()
+            weight = self._differentiable_weight(adapters)
+        else:
+            weight = self.frozen_weight(adapters)
+        base = self.get_base_layer()
+        return base._conv_forward(x, weight, base.bias).to(x.dtype)
+
+    def _differentiable_weight(self, adapters: list[str]) -> Tensor:
+        base = self.get_base_layer()
+        W, s = self._as_rows(base.weight), self.scales(adapters)
+        if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
+            return self._from_rows(rotated_weight(self.super_blocks(adapters[0]).to(W.dtype), W, s))
+        for name in adapters:
+            W = rotate_weight(W, self.super_blocks(name).to(W.dtype))
+        return self._from_rows((W * s[:, None]).to(W.dtype))
+
+
+# Multiplicative dropout (BOFT, Section 5).
+def drop_blocks(Q: Tensor, p: float) -> Tensor:
+    """Replaces blocks of the factors Q (m, D, b, b) by the identity.
+
+    Drawn on the device, for every layer and every training step anew: each of the m · D blocks is dropped with
+    probability p, independently of all others. Any p > 0 has an effect, the expected share is p, and the result stays
+    orthogonal, so that nothing needs to be rescaled.
+    """
+    kept = torch.rand(*Q.shape[:2], 1, 1, device=Q.device) >= p
+    return torch.where(kept, Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies: autocast's where it is enabled, else that of the input."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' `Conv1D`, a linear layer that stores its weight as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def linear_features(layer: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear layer of any kind."""
+    if is_conv1d(layer):
+        return tuple(layer.weight.shape)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        if hasattr(layer, names[0]):
+            return tuple(getattr(layer, name) for name in names)
+    raise TypeError(f"{type(layer).__name__} has no in_features")

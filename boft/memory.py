@@ -1,0 +1,109 @@
+"""What a layer remembers between calls: rotations that its model solved, and the rotated weight while nothing trains.
+
+Both are derived from the parameters and can be made again, so that copies and pickles of a model start without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Forgotten:
+    """An object whose copies and pickles are empty."""
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return (type(self), ())
+
+
+class Solved(Forgotten):
+    """Rotations of one layer that the hook of the model has solved together with those of all other layers.
+
+    They belong to one forward pass of the model, and to the backward pass after it, in which gradient checkpointing
+    calls layers again and must find the same tensors. In any other call they would be stale, or part of a graph that
+    has been freed: then there is nothing here, and the layer solves for itself.
+    """
+
+    def __init__(self):
+        self._factors: dict[str, Tensor] = {}
+        self._blocks: dict[str, Tensor] = {}
+        self.in_forward = False
+
+    def put_factors(self, adapter: str, Q: Tensor) -> None:
+        self._factors[adapter] = Q
+
+    def put_blocks(self, adapter: str, blocks: Tensor) -> None:
+        self._blocks[adapter] = blocks
+
+    def factors(self, adapter: str) -> Tensor | None:
+        return self._factors.get(adapter) if self._usable() else None
+
+    def blocks(self, adapter: str) -> Tensor | None:
+        return self._blocks.get(adapter) if self._usable() else None
+
+    def forget(self) -> None:
+        self._factors, self._blocks, self.in_forward = {}, {}, False
+
+    def check_grad_mode(self) -> None:
+        """Forgets rotations with a graph when gradients are off: reentrant checkpointing runs a layer that way first,
+        and again in the backward pass, where the graph of one solution cannot serve several segments."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return
+        if any(tensor.requires_grad for tensor in (*self._factors.values(), *self._blocks.values())):
+            self.forget()
+
+    def _usable(self) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        return self.in_forward or torch._C._current_graph_task_id() != -1
+
+
+class RotatedWeight(Forgotten):
+    """The effective weight of a layer in which nothing trains, and what it was made of.
+
+    It is current as long as adapters and strengths are the same, R and s hold the same values, and the base weight is
+    the same tensor at the same version. R and s are compared by value: what is written through `.data`, as averages of
+    weights are, leaves no trace in the version. (A base weight changed in that way, in place, goes unnoticed.)
+    """
+
+    def __init__(self):
+        self.weight: Tensor | None = None
+        self._made_of = None
+        self._parameters: list[Tensor] = []
+        self._base: Tensor | None = None  # an alias: while it lives, its memory cannot become another weight
+
+    def keep(self, layer, adapters: Sequence[str], weight: Tensor) -> None:
+        base = layer.get_base_layer().weight
+        if base.is_inference():  # has no version
+            return
+        self.weight = weight
+        self._made_of = self._origin(layer, adapters)
+        self._parameters = [parameter.detach().clone() for parameter in self._list(layer, adapters)]
+        self._base = base.detach()
+
+    def is_current(self, layer, adapters: Sequence[str]) -> bool:
+        if self.weight is None or self._made_of != self._origin(layer, adapters):
+            return False
+        return all(
+            kept.device == parameter.device and kept.dtype == parameter.dtype and torch.equal(kept, parameter)
+            for kept, parameter in zip(self._parameters, self._list(layer, adapters))
+        )
+
+    def forget(self) -> None:
+        self.__init__()
+
+    @staticmethod
+    def _origin(layer, adapters: Sequence[str]) -> tuple:
+        base = layer.get_base_layer().weight
+        version = None if base.is_inference() else base._version
+        strengths = tuple((name, layer.scaling[name], layer.factor_scaling[name]) for name in adapters)
+        return strengths, base.data_ptr(), version, base.dtype, base.device
+
+    @staticmethod
+    def _list(layer, adapters: Sequence[str]) -> list[Tensor]:
+        return [parameters[name] for name in adapters for parameters in (layer.boft_R, layer.boft_s)]

@@ -1,0 +1,129 @@
+"""The mathematics: composed super-blocks against dense matrices, values and gradients, in float64."""
+
+import pytest
+import torch
+from dense import dense_linear, dense_rotation
+
+from boft.functional import linear_reference, prefers_weight_side, rotated_linear, rotated_weight
+from boft.rotation import apply_blocks, apply_factor, cayley, compose, dense, rotate_weight, skew
+
+# (d, b, m): one factor, odd and single blocks, two to full depth, blocks of 2, one super-block and several
+SHAPES = [
+    (12, 3, 1),
+    (8, 8, 1),
+    (32, 8, 1),
+    (16, 4, 2),
+    (48, 4, 3),
+    (48, 6, 2),
+    (16, 2, 4),
+    (32, 4, 4),
+    (64, 8, 4),
+    (96, 6, 5),
+    (40, 10, 3),
+]
+
+
+def parameters(d, b, m, seed=0, std=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return std * torch.randn(m, d // b, b, b, dtype=torch.float64, generator=generator)
+
+
+def blocks_of(R):
+    return compose(cayley(skew(R)))
+
+
+@pytest.mark.parametrize("d, b, m", SHAPES)
+def test_super_blocks_are_the_dense_product(d, b, m):
+    R = parameters(d, b, m)
+    blocks = blocks_of(R)
+    K = b * 2 ** (m - 1)
+    assert blocks.shape == (d // K, K, K)
+    torch.testing.assert_close(dense(blocks), dense_rotation(R), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("d, b, m", SHAPES)
+def test_factors_one_by_one_give_the_same(d, b, m):
+    R = parameters(d, b, m)
+    Q, x = cayley(skew(R)), torch.randn(3, 5, d, dtype=torch.float64)
+    z = x
+    for i in reversed(range(m)):
+        z = apply_factor(z, Q[i], i)
+    torch.testing.assert_close(apply_blocks(x, compose(Q)), z)
+    torch.testing.assert_close(z, x @ dense_rotation(R))
+
+
+@pytest.mark.parametrize("d, b, m", SHAPES)
+def test_rotation_is_orthogonal(d, b, m):
+    B = dense(blocks_of(parameters(d, b, m, std=3.0)))
+    assert (B @ B.T - torch.eye(d, dtype=B.dtype)).abs().max() < 1e-12
+    B = dense(blocks_of(parameters(d, b, m, std=3.0).float()))
+    assert (B @ B.T - torch.eye(d)).abs().max() < 2e-5
+
+
+def test_zeros_are_the_identity_bit_for_bit():
+    blocks = blocks_of(torch.zeros(3, 8, 4, 4))
+    assert torch.equal(blocks, torch.eye(16).expand(2, 16, 16))
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_gradients_of_cayley_and_composition(m):
+    R = parameters(16, 2, m).requires_grad_()
+    assert torch.autograd.gradcheck(blocks_of, R)
+
+
+@pytest.mark.parametrize("weight_side", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(3,), (2, 40)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("d, b, m", SHAPES)
+def test_fast_product_has_the_values_and_gradients_of_the_dense_one(d, b, m, rows, bias, weight_side):
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    o = 24
+    R, W = parameters(d, b, m).requires_grad_(), randn(o, d)
+    x, s = randn(*rows, d).requires_grad_(), (1 + 0.3 * randn(o)).requires_grad_()
+    offset = randn(o).requires_grad_() if bias else None
+    leaves = [x, R, s] + ([offset] if bias else [])
+    weights = randn(*rows, o)
+
+    expected = dense_linear(x, R, s, W, offset)
+    fast = rotated_linear(x, blocks_of(R), W, s, offset, weight_side)
+    torch.testing.assert_close(fast, expected)
+    torch.testing.assert_close(linear_reference(x, blocks_of(R), W, s, offset), expected)
+    for computed, true in zip(
+        torch.autograd.grad((fast * weights).sum(), leaves), torch.autograd.grad((expected * weights).sum(), leaves)
+    ):
+        torch.testing.assert_close(computed, true)
+
+
+@pytest.mark.parametrize("weight_side", [False, True])
+def test_only_the_gradients_that_are_asked_for(weight_side):
+    R, W, x = parameters(16, 4, 2).requires_grad_(), torch.randn(6, 16).double(), torch.randn(40, 16).double()
+    s = torch.ones(6, dtype=torch.float64)
+    y = rotated_linear(x, blocks_of(R), W, s, None, weight_side)
+    (computed,) = torch.autograd.grad(y.square().sum(), R)
+    (true,) = torch.autograd.grad(dense_linear(x, R, s, W, None).square().sum(), R)
+    torch.testing.assert_close(computed, true)
+
+
+@pytest.mark.parametrize("d, b, m", SHAPES)
+def test_rotated_weight_has_the_gradients_of_the_dense_one(d, b, m):
+    R, W = parameters(d, b, m).requires_grad_(), torch.randn(10, d, dtype=torch.float64)
+    s = torch.rand(10, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(10, d, dtype=torch.float64)
+    expected = s[:, None] * (W @ dense_rotation(R).T)
+    computed = rotated_weight(blocks_of(R), W, s)
+    torch.testing.assert_close(computed, expected)
+    torch.testing.assert_close(rotate_weight(W, blocks_of(R)) * s[:, None], expected)
+    for fast, true in zip(
+        torch.autograd.grad((computed * weights).sum(), [R, s]),
+        torch.autograd.grad((expected * weights).sum(), [R, s]),
+    ):
+        torch.testing.assert_close(fast, true)
+
+
+def test_the_weight_is_rotated_where_rows_are_many():
+    assert prefers_weight_side(4096, 320, input_needs_grad=True)
+    assert not prefers_weight_side(64, 1280, input_needs_grad=True)
