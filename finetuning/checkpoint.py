@@ -1,0 +1,223 @@
+"""Folders that are complete or absent.
+
+A folder is written beside its place, its files are listed with their hashes, everything is synced to the disk, and one
+rename makes it appear. Old checkpoints go only after the new one stands. Whoever reads checks the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .config import InputError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "training_state.pt"
+UNFINISHED = ".saving-"
+FLAG = "--resume_from_checkpoint"
+
+
+class Writable(Protocol):
+    """What a checkpoint is made of."""
+
+    def write(self, folder: Path, step: int) -> None: ...
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; what stood before still stands."""
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoint-N folders of a run.
+
+    Attributes:
+        folder: the run's output folder; limit: newest ones kept, None = all.
+    """
+
+    folder: Path
+    limit: int | None = None
+
+    def all(self) -> list[Path]:
+        """Those that stand, oldest first, complete or not."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        return sorted(found, key=step_of)
+
+    def save(self, step: int, state: Writable) -> Path:
+        """Let `state` fill a folder, make it checkpoint-`step`, then remove the oldest above the limit.
+
+        Raises:
+            SaveError: the disk is full, or the folder cannot be written; nothing that existed is lost.
+        """
+        path = self.folder / f"checkpoint-{step}"
+        try:
+            write_folder(path, lambda folder: state.write(folder, step))
+        except SaveError as error:
+            standing = self.all()
+            last = f"{standing[-1].name} stands" if standing else "there is no earlier checkpoint"
+            raise SaveError(f"{error}; {last}") from error
+        if self.limit is not None:
+            for old in self.all()[: -self.limit]:
+                shutil.rmtree(old)
+        return path
+
+    def remove_unfinished(self) -> None:
+        """Clear away what a killed process left half-written."""
+        for path in self.folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def choose(self, name: str | None, overwrite: bool = False) -> Path | None:
+        """The one to resume from; None = start anew, for which the folder must hold none or be overwritten.
+
+        Raises:
+            InputError: as `find`; or a new run would mix with what stands.
+        """
+        if name is not None:
+            return self.find(name)
+        if (standing := self.all()) and not overwrite:
+            raise InputError(
+                f"--output_dir={self.folder}: holds {standing[-1].name} of another run; add {FLAG}=latest to go on, "
+                "--overwrite_output_dir to remove it, or give another folder"
+            )
+        return None
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        for path in self.all():
+            shutil.rmtree(path)
+
+    def find(self, name: str) -> Path | None:
+        """The checkpoint meant by a path, a bare name, or `latest` (None if there is none, incomplete ones ignored).
+
+        Raises:
+            InputError: the one named is not there, incomplete, or damaged.
+        """
+        if name == "latest":
+            for path in reversed(self.all()):
+                fault = damage(path)
+                if fault is None:
+                    return path
+                logger.warning("%s is passed over: %s", path, fault)
+            return None
+        path = self.folder / name if os.sep not in name else Path(name)
+        if not path.is_dir():
+            standing = ", ".join(p.name for p in self.all()) or "none"
+            raise InputError(f"{FLAG}={name}: no such checkpoint; there are: {standing}")
+        if fault := damage(path):
+            raise InputError(f"{FLAG}={name}: {fault}; use another one or latest")
+        return path
+
+
+def step_of(path: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(path.name.rpartition("-")[2])
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Make `path` a folder filled by `write`, complete or not at all; one that stood there is replaced.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    unfinished = path.with_name(f"{UNFINISHED}{path.name.replace('checkpoint-', '')}")
+    replaced = path.with_name(f"{UNFINISHED}old-{path.name.replace('checkpoint-', '')}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        (unfinished / MANIFEST).write_text(json.dumps(_listing(unfinished), indent=1) + "\n", encoding="utf-8")
+        for file in (p for p in unfinished.rglob("*") if p.is_file()):
+            _sync(file)
+        _sync(unfinished)
+    except Exception as error:  # OSError, or what a library makes of it
+        size = sum(p.stat().st_size for p in unfinished.rglob("*") if p.is_file()) if unfinished.exists() else 0
+        free = shutil.disk_usage(_existing(path)).free
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SaveError(
+            f"{path} could not be written ({error}): more than {size / 1e6:.1f} MB are needed, "
+            f"{free / 1e6:.1f} MB are free on the disk"
+        ) from error
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    unfinished.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a folder that `write_folder` made, or None."""
+    try:
+        listing = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, digest) in listing.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if _hash(file) != digest:
+                return f"{name} is damaged"
+    except OSError:
+        return f"{MANIFEST} is missing, so it is incomplete"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Optimizer, schedule and counters, as tensors and plain values."""
+    with open(folder / STATE, "wb") as file:
+        torch.save(state, file)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote; nothing in the file is executed.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{FLAG}: {folder / STATE} cannot be read ({error})") from error
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, str]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_size, _hash(p)) for p in files}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,345 @@
+"""Settings as documented dataclasses: one field is one flag, one key of `--config run.yaml`, and one line of `--help`.
+
+Flags override the YAML file, which overrides the defaults. All faults are collected and raised as one InputError.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+C = TypeVar("C", bound="Config")
+
+
+class InputError(Exception):
+    """The user asked for what cannot be done. Each fault names the flag, its value and the remedy."""
+
+    def __init__(self, *faults: str):
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    aliases: Sequence[str] = (),
+    may_change: bool = False,
+    secret: bool = False,
+) -> Any:
+    """A field of a settings group.
+
+    Args:
+        default: value without the flag; a list is copied.
+        help: meaning, unit, and what None does.
+        choices, minimum, above, maximum: what is allowed; `above` excludes its bound.
+        aliases: other names of the flag.
+        may_change: a resumed run may have another value than its checkpoint.
+        secret: never written to a file, a log or a tracker.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "aliases": tuple(aliases),
+        "may_change": may_change,
+        "secret": secret,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Group:
+    """Settings that belong together. A subclass is a dataclass of `setting` fields."""
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with this combination of values."""
+        yield from ()
+
+
+class Config:
+    """All settings of one program. A subclass is a dataclass whose fields are groups."""
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong between the groups."""
+        yield from ()
+
+    def all_faults(self) -> list[str]:
+        """Faults of values, of groups, and between groups."""
+        faults = [f for group, field in fields_of(self) if (f := _range_fault(field, getattr(group, field.name)))]
+        if faults:
+            return faults  # a combination of values that are wrong by themselves tells nothing
+        for group in groups_of(self):
+            faults += group.faults()
+        return faults + list(self.faults())
+
+    def as_dict(self, *, secrets: bool = False) -> dict[str, Any]:
+        """Flat {name: value}; without the secret ones unless asked for."""
+        return {
+            field.name: getattr(group, field.name)
+            for group, field in fields_of(self)
+            if secrets or not field.metadata["secret"]
+        }
+
+    def with_values(self: C, **values: Any) -> C:
+        """A copy in which some settings have been resolved, e.g. None to the model's resolution."""
+        groups = {}
+        for name, group in zip((f.name for f in dataclasses.fields(self)), groups_of(self)):
+            own = {f.name: values.pop(f.name) for f in dataclasses.fields(group) if f.name in values}
+            groups[name] = dataclasses.replace(group, **own)
+        if values:
+            raise TypeError(f"no such settings: {sorted(values)}")
+        return type(self)(**groups)
+
+    def save(self, path: Path) -> None:
+        """Write a YAML file that `--config` reads back. Secrets are left out."""
+        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def groups_of(config: Config) -> list[Group]:
+    return [getattr(config, field.name) for field in dataclasses.fields(config)]
+
+
+def fields_of(config: Config) -> Iterator[tuple[Group, dataclasses.Field]]:
+    for group in groups_of(config):
+        for field in dataclasses.fields(group):
+            yield group, field
+
+
+def contradictions(before: dict[str, Any], now: Config, may_change: Sequence[str] = ()) -> list[str]:
+    """Settings in which a resumed run differs from its checkpoint, of those that decide the result."""
+    faults = []
+    for group, field in fields_of(now):
+        if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
+            continue
+        value = getattr(group, field.name)
+        if field.name not in before:
+            faults.append(f"--{field.name}: the checkpoint does not say its value")
+        elif before[field.name] != value:
+            faults.append(f"--{field.name}={show(value)}: the checkpoint was made with {show(before[field.name])}")
+    return faults
+
+
+# Reading
+
+
+def read_config(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
+    """Flags and YAML to a checked configuration.
+
+    Args:
+        cls: a Config dataclass; argv: the arguments without the program's name, by default those of the process.
+
+    Raises:
+        InputError: with all faults found.
+    """
+    kinds = _kinds(cls)
+    given, faults = _read_flags(cls, argv, description)
+    path = given.pop("config", None)
+    values = {}
+    if path is not None:
+        from_file, file_faults = _read_yaml(path)
+        faults += file_faults
+        for name, value in from_file.items():
+            if name not in kinds:
+                faults.append(f"--config={path}: unknown key {name!r}{_nearest(name, kinds)}")
+                continue
+            _convert(name, value, kinds[name], values, faults, source=f"--config={path}: {name}: ")
+    for name, value in given.items():
+        _convert(name, value, kinds[name], values, faults, source=f"--{name}=")
+    if faults:
+        raise InputError(*faults)
+    groups = {}
+    for name, group in typing.get_type_hints(cls).items():
+        groups[name] = group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values})
+    config = cls(**groups)
+    if faults := config.all_faults():
+        raise InputError(*faults)
+    return config
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a program and return its exit code: 2 and one line per fault if the input is wrong.
+
+    `--debug` shows the traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        return main([a for a in argv if a != "--debug"]) or 0
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
+            for fault in error.faults:
+                print(f"error: {fault}", file=sys.stderr)
+        return 2
+
+
+def show(value: Any) -> str:
+    """A value as it would be typed."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str | None):
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags override it")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    names = {"config", "debug"}
+    for group in typing.get_type_hints(cls).values():
+        section = parser.add_argument_group((group.__doc__ or group.__name__).split("\n")[0])
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            spellings = [f"--{n}" for n in (field.name, *field.metadata["aliases"])]
+            names |= {n.removeprefix("--") for n in spellings}
+            text = _help(field).replace("%", "%%")
+            kind = _strip_none(hints[field.name])
+            if kind is bool:
+                section.add_argument(*spellings, dest=field.name, action="store_true", help=text)
+                negated = [s.replace("--", "--no_", 1) for s in spellings]
+                names |= {n.removeprefix("--") for n in negated}
+                section.add_argument(*negated, dest=field.name, action="store_false", help=argparse.SUPPRESS)
+            elif typing.get_origin(kind) is list:
+                section.add_argument(*spellings, dest=field.name, nargs="+", metavar="X", help=text)
+            else:
+                section.add_argument(*spellings, dest=field.name, metavar=kind.__name__.upper(), help=text)
+    namespace, unknown = parser.parse_known_args(argv)
+    faults = []
+    for argument in unknown:
+        name = argument.removeprefix("--").split("=")[0]
+        faults.append(
+            f"unknown flag {argument.split('=')[0]}{_nearest(name, names)}"
+            if argument.startswith("-")
+            else f"unexpected argument {argument!r}: every value follows its flag, quoted if it has spaces"
+        )
+    given = vars(namespace)
+    given.pop("debug", None)
+    return given, faults
+
+
+def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
+    except yaml.YAMLError as error:
+        return {}, [f"--config={path}: not YAML ({' '.join(str(error).split())})"]
+    if not isinstance(content, dict):
+        return {}, [f"--config={path}: expected lines of `name: value`, found {type(content).__name__}"]
+    return {str(name): value for name, value in content.items()}, []
+
+
+def _convert(name: str, value: Any, kind: Any, values: dict, faults: list[str], source: str) -> None:
+    try:
+        values[name] = _as(kind, value)
+    except (TypeError, ValueError):
+        wanted = " or ".join(_noun(k) for k in (typing.get_args(kind) if _is_union(kind) else [kind]))
+        faults.append(f"{source}{show(value)}: expected {wanted}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """`value` as a `kind`, from the text of a flag or from YAML.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    if _is_union(kind):
+        if value is None or value == "None":
+            return None
+        return _as(_strip_none(kind), value)
+    if typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        return [_as(inner, v) for v in (value if isinstance(value, list) else [value])]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
+        raise ValueError
+    if kind is int and isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError
+        return int(value)
+    result = kind(value)
+    if kind is float and not math.isfinite(result):
+        raise ValueError
+    return result
+
+
+def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
+    rules = field.metadata
+    for v in value if isinstance(value, list) else [value]:
+        if v is None:
+            continue
+        flag = f"--{field.name}={show(v)}"
+        if rules["choices"] is not None and v not in rules["choices"]:
+            return f"{flag}: must be one of {', '.join(rules['choices'])}{_nearest(str(v), rules['choices'])}"
+        if rules["minimum"] is not None and v < rules["minimum"]:
+            return f"{flag}: must be {rules['minimum']} or more"
+        if rules["above"] is not None and v <= rules["above"]:
+            return f"{flag}: must be greater than {rules['above']}"
+        if rules["maximum"] is not None and v > rules["maximum"]:
+            return f"{flag}: must be {rules['maximum']} or less"
+    return None
+
+
+def _help(field: dataclasses.Field) -> str:
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    choices = f" One of: {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
+    return f"{field.metadata['help']}{choices} (default: {show(default) if default != [] else 'none'})"
+
+
+def _kinds(cls: type[Config]) -> dict[str, Any]:
+    return {
+        name: kind
+        for group in typing.get_type_hints(cls).values()
+        for name, kind in typing.get_type_hints(group).items()
+    }
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _strip_none(kind: Any) -> Any:
+    return next(k for k in typing.get_args(kind) if k is not type(None)) if _is_union(kind) else kind
+
+
+def _noun(kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return f"a list, each {_noun(typing.get_args(kind)[0])}"
+    nouns = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "None"}
+    return nouns[kind]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

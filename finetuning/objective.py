@@ -1,0 +1,59 @@
+"""The denoising objective: pure functions of tensors.
+
+ᾱ_t is the noise schedule's cumulative product; x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (DDPM, arXiv 2006.11239, Eq. 4).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """x_t (DDPM, Eq. 4). x0, noise: (B, …); alpha_bar: (B,)."""
+    alpha_bar = _rows(alpha_bar, x0)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+
+def target(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """What the model should predict: ε, or v = sqrt(ᾱ) ε - sqrt(1 - ᾱ) x_0 (arXiv 2202.00512, appendix D).
+
+    Raises:
+        ValueError: prediction_type is neither epsilon nor v_prediction.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type != "v_prediction":
+        raise ValueError(f"prediction_type={prediction_type!r}: must be epsilon or v_prediction")
+    alpha_bar = _rows(alpha_bar, x0)
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+
+
+def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """(B, …) to one error a sample, (B,), in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """Weight of each sample's error, (B,), so that an error in x_0 weighs min(SNR, γ) (arXiv 2303.09556, Eq. 8).
+
+    SNR = ᾱ / (1 - ᾱ). The squared error of ε is that of x_0 times SNR, the one of v times SNR + 1; hence the divisors.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # SNR = 0 gives 1, the limit
+
+
+def offset_noise(noise: torch.Tensor, shift: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise plus a shift per sample and channel, which lets a model learn overall brightness. shift: (B, C) normal."""
+    return noise + strength * shift[..., None, None]
+
+
+def rescale_to_zero_terminal_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """ᾱ of a schedule shifted and scaled so that the last step is pure noise (arXiv 2305.08891, Algorithm 1). (T,)."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+
+
+def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,223 @@
+"""A run: its processes, its folder, its steps, its log, and how it is stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from PIL import Image
+from tqdm import tqdm
+
+from .config import Config, InputError
+from .picture import save_picture
+from .randomness import seed_modules
+from .trackers import TensorBoard, WandB
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """The processes of a run and what they share.
+
+    Args:
+        seed: decides everything that is random; accumulation: batches of one process in an optimizer step.
+        mixed_precision: no, bf16 or fp16; allow_tf32: TF32 matrix products on GPUs that have them.
+
+    Raises:
+        InputError: a precision that the device lacks, or an engine that is not supported.
+    """
+
+    def __init__(self, *, seed: int, accumulation: int = 1, mixed_precision: str = "no", allow_tf32: bool = False):
+        if mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("--mixed_precision=fp16: needs a CUDA GPU; use bf16 or no")
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=accumulation,
+            mixed_precision=mixed_precision,
+            step_scheduler_with_optimizer=False,
+        )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise InputError(
+                f"accelerate's {self.accelerator.distributed_type.value} is not supported yet; use plain "
+                "processes (DDP)"
+            )
+        if allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.seed, self.accumulation = seed, accumulation
+        self.dtype = DTYPES[mixed_precision]
+        self.device = self.accelerator.device
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.stop_signal: int | None = None
+        self.folder: Path | None = None
+        self.trackers: list[TensorBoard | WandB] = []
+        self._bar: tqdm | None = None
+        logging.basicConfig(level=logging.INFO if self.is_main else logging.ERROR, format="%(message)s")
+        for name in ("httpx", "accelerate", "diffusers", "transformers", "PIL", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    # The folder and the trackers
+
+    def open(self, folder: Path, config: Config, *, first_step: int = 0) -> None:
+        """Make the output folder with the resolved configuration, and cut the log to what a resumed run keeps."""
+        self.folder = folder
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save(folder / CONFIG)
+            log = folder / METRICS
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
+            kept = [line for line in lines if _step_of_line(line) <= first_step]
+            log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+
+    def log(self, step: int, **values: float | None) -> None:
+        """One line of metrics.jsonl, the trackers, and the progress bar. None values are left out."""
+        if not self.is_main:
+            return
+        values = {k: v for k, v in values.items() if v is not None}
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(step, values)
+        if self._bar is not None and "loss" in values:
+            self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+
+    def log_picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture in the folder validation/ and in the trackers."""
+        save_picture(picture, self.folder / "validation" / f"{name}-{step:06d}.png")
+        for tracker in self.trackers:
+            tracker.log_picture(step, name, picture)
+
+    def say(self, text: str) -> None:
+        """A line for the user, from the first process only."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def progress(self, title: str, total: int, done: int = 0) -> tqdm:
+        """A bar on one line; into a file it writes every ten seconds at most."""
+        at_terminal = sys.stderr.isatty()
+        return tqdm(
+            desc=title,
+            total=total,
+            initial=done,
+            disable=not self.is_main,
+            mininterval=0.2 if at_terminal else 10,
+            dynamic_ncols=at_terminal,
+        )
+
+    def close(self) -> None:
+        """Finish the trackers' files and leave the process group."""
+        for tracker in self.trackers:
+            tracker.close()
+        self.accelerator.end_training()
+
+    # Steps
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """Optimizer steps first + 1 … last, with a progress bar; ends early after the step in which a signal came."""
+        with self._listening(), self.progress("training", last, first) as self._bar:
+            for step in range(first + 1, last + 1):
+                self._started = time.perf_counter()
+                yield step
+                self._bar.update()
+                if self.is_stopping():
+                    break
+        self._bar = None
+
+    def batch_numbers(self, first: int, last: int) -> range:
+        """Numbers of this process's batches for steps first + 1 … last, see dataset.py."""
+        a_step = self.accumulation * self.processes
+        return range(first * a_step + self.rank, last * a_step, self.processes)
+
+    @contextmanager
+    def accumulate(self, number: int, *modules: torch.nn.Module):
+        """Around forward and backward of a batch: seeds its dropout; the step's last one exchanges gradients."""
+        seed_modules(self.seed, "dropout", number)
+        with self.accelerator.accumulate(*modules):
+            yield
+
+    @property
+    def seconds(self) -> float:
+        """Since the current step began."""
+        return time.perf_counter() - self._started
+
+    def mean(self, values: torch.Tensor) -> list[float]:
+        """Means over processes, as plain numbers. Note: a sync point on GPUs."""
+        return (
+            self.accelerator.reduce(values.detach().float(), "mean").tolist()
+            if self.processes > 1
+            else values.tolist()
+        )
+
+    def peak_memory(self) -> float:
+        """GiB: of the GPU, or of the whole process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    # Stopping
+
+    def is_stopping(self) -> bool:
+        """Whether any process was told to stop."""
+        told = self.stop_signal or 0
+        if self.processes > 1:
+            told = int(self.accelerator.gather(torch.tensor([told], device=self.device)).max())
+            self.stop_signal = told or None
+        return bool(told)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal that ended the run."""
+        return 128 + self.stop_signal if self.stop_signal else 0
+
+    @contextmanager
+    def _listening(self):
+        def stop(number, frame):
+            if self.stop_signal is not None:  # the second one
+                os._exit(128 + number)
+            self.stop_signal = number
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises InputError if a folder cannot be made or written, without making it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{flag}={folder}: is a file; give a folder")
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{flag}={folder}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag}={folder}: no permission to write in {place}")
+    if shutil.disk_usage(place).free < 2**20:
+        raise InputError(f"{flag}={folder}: the disk is full")
+
+
+def _step_of_line(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize  # the half line of a killed process

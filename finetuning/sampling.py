@@ -1,0 +1,75 @@
+"""Pictures from prompts: batched, seeded one by one, with the modules that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from .dataset import to_image
+from .randomness import normal
+from .stable_diffusion import StableDiffusion
+
+
+@dataclass
+class Sampler:
+    """How pictures are made.
+
+    Attributes:
+        base: the model, with whatever adapter it carries.
+        resolution: side in pixels; steps, guidance_scale: of the denoising; batch_size: images at a time.
+        precision: of the arithmetic, torch.float32 = plain.
+    """
+
+    base: StableDiffusion
+    resolution: int
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    precision: torch.dtype = torch.float32
+
+    def __call__(self, prompts: Sequence[str], seed: int, keys: Sequence[object]) -> list[Image.Image]:
+        """One picture a prompt. The noise that picture i starts from depends on (seed, keys[i]) alone."""
+        return [image for _, images in self.batches(prompts, seed, keys) for image in images]
+
+    def batches(
+        self, prompts: Sequence[str], seed: int, keys: Sequence[object]
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
+        """As above, batch by batch: (index of the first, pictures)."""
+        pipeline = self.base.pipeline()
+        shape, device = self.base.latent_shape(self.resolution), self.base.unet.device
+        modules = (self.base.unet, self.base.text_encoder, self.base.vae)
+        with torch.no_grad(), evaluating(*modules), self._autocast(device):
+            for start in range(0, len(prompts), self.batch_size):
+                chunk = list(prompts[start : start + self.batch_size])
+                noise = normal(shape, seed, "sample", keys[start : start + self.batch_size])
+                latents = pipeline(
+                    prompt=chunk,
+                    negative_prompt=[""] * len(chunk),
+                    latents=noise.to(device, self.base.text_encoder.dtype),
+                    num_inference_steps=self.steps,
+                    guidance_scale=self.guidance_scale,
+                    output_type="latent",
+                ).images
+                yield start, [to_image(image) for image in self.base.decode(latents.float())]
+
+    def _autocast(self, device: torch.device):
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.precision)
+
+
+@contextmanager
+def evaluating(*modules: torch.nn.Module):
+    """Evaluation mode for as long as the block lasts; every submodule gets back the mode that it had."""
+    modes = {m: m.training for module in modules for m in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

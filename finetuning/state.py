@@ -1,0 +1,87 @@
+"""Everything that a training step changes, in one object that can be written down and read back.
+
+Randomness is not part of it: it follows from the seed and the position, see randomness.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from .adapter import Adapter
+from .checkpoint import load_state, save_state, step_of
+from .config import Config, InputError, contradictions
+
+
+@dataclass
+class TrainingState:
+    """Adapters, optimizer, schedule, and what they belong to.
+
+    Attributes:
+        adapters: what is trained, by the name of its module, e.g. "unet".
+        config: of the run; weights: fingerprint of the base model; total_batch: samples in an optimizer step.
+        scaler: of float16 training, or None.
+    """
+
+    adapters: dict[str, Adapter]
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    config: Config
+    weights: str
+    total_batch: int
+    scaler: torch.amp.GradScaler | None = None
+
+    def write(self, folder: Path, step: int) -> None:
+        """Adapters or models in their libraries' formats, and the rest beside them."""
+        for name, adapter in self.adapters.items():
+            adapter.save(folder / name)
+        self.config.save(folder / "config.yaml")
+        state = {
+            "step": step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "config": self.config.as_dict(),
+            "weights": self.weights,
+            "total_batch": self.total_batch,
+        }
+        save_state(folder, state)
+
+    def read(self, folder: Path, last_step: int, may_change: tuple[str, ...] = ()) -> int:
+        """Go back to a checkpoint; returns its step.
+
+        Args:
+            last_step: of the run now; may_change: settings that may differ from the checkpoint's.
+
+        Raises:
+            InputError: it is damaged, or belongs to another run; lists all differences.
+        """
+        state = load_state(folder)
+        self._check(state, folder, last_step, may_change)
+        for name, adapter in self.adapters.items():
+            adapter.load(folder / name)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def _check(self, state: dict[str, Any], folder: Path, last_step: int, may_change: tuple[str, ...]) -> None:
+        # What counts is the product of the three sizes of a batch, and the weights rather than the folder's name.
+        replaced = ("train_batch_size", "gradient_accumulation_steps", "pretrained_model_name_or_path", "variant")
+        faults = contradictions(state["config"], self.config, (*replaced, *may_change))
+        if state["weights"] != self.weights:
+            faults.append("--pretrained_model_name_or_path: the checkpoint belongs to another base model")
+        if state["total_batch"] != self.total_batch:
+            faults.append(
+                f"--train_batch_size × --gradient_accumulation_steps × processes = {self.total_batch}: "
+                f"the checkpoint was made with {state['total_batch']}"
+            )
+        if step_of(folder) > last_step:
+            faults.append(f"--max_train_steps={last_step}: {folder.name} is beyond that; nothing is left to train")
+        if faults:
+            raise InputError(*(f"--resume_from_checkpoint={folder.name}: {fault}" for fault in faults))
