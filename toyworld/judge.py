@@ -166,19 +166,3 @@ def recalibrate(judge: nn.Module, images: np.ndarray, generator: torch.Generator
         index = torch.randint(len(images), (96,), generator=generator).sort().values
         judge(degrade(pixels(images[index.numpy()]), generator))
     judge.eval()
-
-
-def subject_score(
-    judge: InstanceJudge, pictures: np.ndarray, subject: np.ndarray, others: np.ndarray, own: float
-) -> float:
-    """How much pictures show the subject: 0 = like other members of its category, 1 = like its own renders elsewhere.
-
-    Args:
-        pictures: uint8 (N, 64, 64, 3), what is scored.
-        subject: uint8 (M, 64, 64, 3), the subject's reference photos.
-        others: uint8 (K, 64, 64, 3), other individuals of the category; their similarity is 0.
-        own: mean similarity of the subject's own renders in new contexts; it is 1.
-    """
-    reference = judge.embed(subject)
-    similarity, floor = ((judge.embed(x) @ reference.T).mean().item() for x in (pictures, others))
-    return (similarity - floor) / (own - floor)

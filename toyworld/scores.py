@@ -1,0 +1,123 @@
+"""How well a tuned model shows its subject, obeys prompts and keeps its class, by the judge and the known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .captions import plain_caption
+from .judge import AttributeJudge, InstanceJudge
+from .scene import CATEGORIES, COLOURS, CONTEXTS, PATTERNS
+from .subjects import PHOTOGRAPHED, SUBJECTS, TOKEN, others, photos
+
+Generate = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds -> uint8 (N, 64, 64, 3)
+NEW = tuple(k for k in range(len(CONTEXTS)) if k not in PHOTOGRAPHED)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the judge says. All but `drift` are shares or scores around [0, 1].
+
+    Attributes:
+        subject: likeness of pictures of the subject's prompts: 0 = other members of the class, 1 = the subject itself.
+        subject_new: the same, in the contexts that no photo shows.
+        category, context: share of those pictures that show the class, and the context of the prompt.
+        leak: likeness of pictures of the plain class prompt to the subject; 0 is right.
+        others: attributes right in pictures of other captions, mean over category, colour, pattern and context.
+        drift: mean absolute difference of those pictures to the base model's, in units of the full range.
+    """
+
+    subject: float
+    subject_new: float
+    category: float
+    context: float
+    leak: float
+    others: float
+    drift: float
+
+
+class Judges:
+    """The judge's networks, and the pictures that a subject is compared with."""
+
+    def __init__(self, folder: Path, name: str):
+        self.attributes = AttributeJudge.from_pretrained(folder / "attributes").eval()
+        self.instances = InstanceJudge.from_pretrained(folder / "instances").eval()
+        self.name, self.category = name, SUBJECTS[name].category
+        self.reference = self.instances.embed(photos(name))
+        everywhere = tuple(range(len(CONTEXTS)))
+        own = [photos(name, everywhere, first_seed) for first_seed in (1000, 2000)]
+        self.ceiling = self._likeness(np.concatenate(own))
+        self.floor = self._likeness(others(self.category, everywhere))
+
+    def _likeness(self, pictures: np.ndarray) -> float:
+        return float((self.instances.embed(pictures) @ self.reference.T).mean())
+
+    def subject_score(self, pictures: np.ndarray) -> float:
+        """0 = like other members of the class, 1 = like the subject's own renders in all contexts."""
+        return (self._likeness(pictures) - self.floor) / (self.ceiling - self.floor)
+
+    def accuracy(self, pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Share of pictures whose attributes are read as in `truth` (N, 4), per attribute (4,)."""
+        return (self.attributes.read(pictures) == truth).mean(0)
+
+
+def subject_prompts(category: str, word: str = TOKEN, each: int = 4) -> tuple[list[str], np.ndarray]:
+    """Prompts with the subject in every context, `each` times, and the index of the context (N,)."""
+    contexts = np.repeat(np.arange(len(CONTEXTS)), each)
+    words = f"{word} {category}".strip()
+    return [f"a photo of {words} {CONTEXTS[k]}" for k in contexts], contexts
+
+
+def other_prompts(category: str, count: int = 60) -> tuple[list[str], np.ndarray]:
+    """Captions that name everything but the subject, one in three of its class, and their attributes (N, 4)."""
+    rng, prompts, truth = np.random.default_rng(11), [], []
+    for k in range(count):
+        c = CATEGORIES.index(category) if k % 3 == 0 else int(rng.integers(len(CATEGORIES)))
+        colour, pattern, context = (int(rng.integers(len(names))) for names in (COLOURS, PATTERNS, CONTEXTS))
+        words = {"colour": list(COLOURS)[colour], "pattern": PATTERNS[pattern], "context": CONTEXTS[context]}
+        prompts.append(plain_caption(CATEGORIES[c], **words))
+        truth.append((c, colour, pattern, context))
+    return prompts, np.array(truth)
+
+
+def score(
+    generate: Generate, judges: Judges, word: str = TOKEN, base_pictures: np.ndarray | None = None
+) -> tuple[Scores, np.ndarray]:
+    """Generate what the scores need and judge it.
+
+    Args:
+        generate: the model that is scored.
+        word: the subject's rare word; "" scores a model that does not know the subject.
+        base_pictures: the base model's pictures of the other captions; None = this is the base model.
+
+    Returns:
+        The scores, and the pictures of the other captions, to be passed when the tuned model is scored.
+    """
+    prompts, contexts = subject_prompts(judges.category, word)
+    pictures = generate(prompts, range(1000, 1000 + len(prompts)))
+    read = judges.attributes.read(pictures)
+    plain = generate([plain_caption(judges.category)] * 20, range(3000, 3020))
+    prompts, truth = other_prompts(judges.category)
+    other = generate(prompts, range(2000, 2000 + len(prompts)))
+    reference = other if base_pictures is None else base_pictures
+    result = Scores(
+        subject=judges.subject_score(pictures),
+        subject_new=judges.subject_score(pictures[np.isin(contexts, NEW)]),
+        category=float((read[:, 0] == CATEGORIES.index(judges.category)).mean()),
+        context=float((read[:, 3] == contexts).mean()),
+        leak=judges.subject_score(plain),
+        others=float(judges.accuracy(other, truth).mean()),
+        drift=float(np.abs(other.astype(float) - reference).mean() / 255),
+    )
+    return result, other
+
+
+def table(rows: dict[str, Scores]) -> str:
+    """Scores as a Markdown table, a row a model."""
+    names = list(asdict(next(iter(rows.values()))))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {label} | " + " | ".join(f"{asdict(s)[n]:.3f}" for n in names) + " |" for label, s in rows.items()]
+    return "\n".join(lines)
