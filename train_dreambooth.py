@@ -20,380 +20,350 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from finetuning import class_images
-from finetuning.adapter import Adapter, add_boft, add_lora, disabled, train_fully
+from finetuning.adapter import disabled
+from finetuning.builders import (
+    build_adapters,
+    build_base,
+    build_optimizer,
+    build_prior_stream,
+    build_run,
+    build_sampler,
+    build_trackers,
+    check_prior,
+)
 from finetuning.checkpoint import Checkpoints, write_folder
 from finetuning.config import InputError, read_config, run_command
 from finetuning.dataset import Batches, ImageStream, Transform, find_examples, open_image, read_prompts
 from finetuning.model_card import model_card
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
-from finetuning.optimization import make_optimizer, make_schedule
 from finetuning.picture import grid, save_picture
 from finetuning.randomness import integers, normal
-from finetuning.run import DTYPES, Run, check_writable
-from finetuning.sampling import Sampler
+from finetuning.run import DTYPES
+from finetuning.sampling import evaluating
 from finetuning.settings import SCHEDULES_WITHOUT_END, DreamBoothConfig
-from finetuning.stable_diffusion import StableDiffusion, choose_attention, load_stable_diffusion
+from finetuning.stable_diffusion import load_stable_diffusion
 from finetuning.state import TrainingState
-from finetuning.trackers import start_trackers, tracker_names
+from finetuning.teacher import Teacher
+
+HELD_OUT = 8  # samples of photos, and of class images, in the held-out loss
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return train(read_config(DreamBoothConfig, argv, __doc__))
+    return DreamBooth(read_config(DreamBoothConfig, argv, __doc__)).train()
 
 
-def train(config: DreamBoothConfig) -> int:
-    """The whole training; returns the exit code. What is wrong with the input is found before a file is written."""
-    model, optimization, objective, prior = config.model, config.optimization, config.objective, config.prior
-    seed, B = optimization.seed, optimization.train_batch_size
-    output = Path(config.checkpoints.output_dir)
+class DreamBooth:
+    """One run: `DreamBooth(config)` finds what is wrong with the input, `train()` does the work."""
 
-    # Processes and base model:
-    run = Run(
-        seed=seed,
-        accumulation=optimization.gradient_accumulation_steps,
-        mixed_precision=model.mixed_precision,
-        allow_tf32=model.allow_tf32,
-    )
-    check_writable(output, "--output_dir")
-    tracker_names(config.tracking.report_to)
-    base = load_stable_diffusion(
-        model.pretrained_model_name_or_path, model.revision, model.variant, model.tokenizer_name
-    )
-    config = config.with_values(
-        resolution=config.data.resolution or base.resolution,
-        class_prompt=read_prompts(prior.class_prompt, "--class_prompt"),
-        validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
-    )
-    prior, data, validation = config.prior, config.data, config.validation
+    def train(self) -> int:
+        """Teach the subject; returns the exit code."""
+        config, run, base, seed, B = self.config, self.run, self.base, self.seed, self.B
+        self.prepare()
+        unet, text_encoder, optimizer = self.share()
+        numbers = run.batch_numbers(self.first_step, self.last_step)
+        batches = zip(numbers, Batches(self.streams, B).load(numbers, config.data.dataloader_num_workers))
 
-    # Photos and class images:
-    transform = Transform(data.resolution, data.center_crop, data.random_flip)
-    photos = find_examples(config.subject.instance_data_dir, config.subject.instance_prompt, "--instance_data_dir")
-    streams = [ImageStream("instance", photos, transform, seed)]
-    streams[0].check()
-    base.check_prompts([e.prompt for e in photos], "--instance_prompt")
-    base.check_prompts(prior.class_prompt, "--class_prompt")
-    base.check_prompts([*validation.validation_prompt, *validation.base_prompt], "--validation_prompt")
+        step = self.first_step
+        for step in run.steps(self.first_step, self.last_step):
+            losses = torch.zeros(2, device=run.device)
+            for number, batch in itertools.islice(batches, run.accumulation):
+                with run.accumulate(number, unet, text_encoder):
+                    # Latents of B photos and of B class images, and their prompts:
+                    x0 = base.encode_images(batch.images, seed, batch.keys)  # (2B, C, h, w)
+                    text = self.encode_prompts(batch.prompts, text_encoder)  # (2B, tokens, width)
+                    t = integers(len(base.alpha_bar), seed, "timestep", batch.keys).to(run.device)  # (2B,)
 
-    # Adapters:
-    base.freeze(run.dtype, run.device)
-    choose_attention(base.unet, run.device, model.enable_xformers_memory_efficient_attention)
-    fingerprint = base.fingerprint()
-    adapters = {"unet": add_adapter(base.unet, config)}
-    if config.adapter.train_text_encoder:
-        adapters["text_encoder"] = add_adapter(base.text_encoder, config)
-    if model.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        if config.adapter.train_text_encoder:
-            base.text_encoder.gradient_checkpointing_enable()
-    total_batch = B * run.accumulation * run.processes
-    last_step = optimization.max_train_steps or optimization.num_train_epochs * -(-len(photos) // total_batch)
+                    # Noise them, predict, compare:
+                    errors = self.denoising_errors(unet, x0, t, text, batch.prompts, batch.keys)  # (2B,)
 
-    # Optimizer and schedule:
-    rate = optimization.learning_rate * (total_batch if optimization.scale_lr else 1)
-    optimizer = make_optimizer(
-        [
-            group
-            for adapter in adapters.values()
-            for group in adapter.parameter_groups(
-                rate, optimization.adam_weight_decay, config.adapter.boft_scale_learning_rate
-            )
-        ],
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        epsilon=optimization.adam_epsilon,
-        eight_bit=optimization.use_8bit_adam,
-    )
-    schedule = make_schedule(
-        optimizer,
-        optimization.lr_scheduler,
-        steps=last_step,
-        warmup_steps=optimization.lr_warmup_steps,
-        cycles=optimization.lr_num_cycles,
-        power=optimization.lr_power,
-    )
-    trainables = [p for group in optimizer.param_groups for p in group["params"]]
+                    # The loss of the subject and the one of the class:
+                    instance_loss, prior_loss = errors[:B].mean(), errors[B:].sum() / B
+                    run.backward(instance_loss + config.prior.prior_loss_weight * prior_loss)
+                    losses += torch.stack([instance_loss, prior_loss]).detach() / run.accumulation
 
-    # Resume:
-    state = TrainingState(adapters, optimizer, schedule, config, fingerprint, total_batch, run.accelerator.scaler)
-    checkpoints = Checkpoints(output, config.checkpoints.checkpoints_total_limit)
-    found = checkpoints.choose(config.checkpoints.resume_from_checkpoint, config.checkpoints.overwrite_output_dir)
-    endless = optimization.lr_scheduler in SCHEDULES_WITHOUT_END
-    first_step = state.read(found, last_step, ("max_train_steps",) if endless else ()) if found else 0
+            gradient_norm = run.clip_gradients(optimizer, config.optimization.max_grad_norm)
+            learning_rate = self.schedule.get_last_lr()[0]
+            optimizer.step()
+            self.schedule.step()
+            optimizer.zero_grad()
 
-    # From here on files are written.
-    if prior.with_prior_preservation and prior.prior_target == "images":
-        streams.append(make_class_stream(config, run, base, adapters, transform, fingerprint))
-    if run.is_main:
-        checkpoints.remove_unfinished()
-        if not found:
-            checkpoints.clear()
-    run.open(output, config, first_step=first_step)
-    if run.is_main:
-        run.trackers = start_trackers(
-            config.tracking.report_to,
-            folder=output,
-            logging_dir=config.tracking.logging_dir,
-            project=config.tracking.tracker_project_name,
-            name=config.tracking.wandb_run_name or output.name,
-            configuration=config.as_dict(),
-            first_step=first_step,
+            self.log(step, losses, gradient_norm, learning_rate)
+            if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
+                if run.is_main:
+                    self.checkpoints.save(step, self.state)
+                run.wait()
+            if step % config.validation.validation_steps == 0 and run.is_main:
+                self.validate(step)
+
+        if run.is_main and not run.is_stopping():
+            self.finish(step)
+        run.close()
+        return run.exit_code
+
+    def denoising_errors(
+        self,
+        unet: torch.nn.Module,
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        prompts: Sequence[str],
+        keys: Sequence[str],
+    ) -> torch.Tensor:
+        """The weighted error of what is predicted for each sample, (N,).
+
+        x0: latents (N, C, h, w); t: timesteps (N,); text: of the prompts (N, tokens, width); keys: decide the noise.
+        """
+        base, objective = self.base, self.config.objective
+        alpha_bar = base.alpha_bar[t]
+        noise = normal(x0.shape[1:], self.seed, "noise", keys).to(x0)
+        if objective.offset_noise:
+            shift = normal(x0.shape[1:2], self.seed, "offset", keys).to(x0)
+            noise = offset_noise(noise, shift, objective.offset_noise)
+        x_t = add_noise(x0, noise, alpha_bar)
+        wanted = target(x0, noise, alpha_bar, base.prediction_type)
+        if self.teacher is not None:  # which speaks for the second half, the class
+            n = len(t) // 2
+            with self.run.autocast():
+                taught = self.teacher(x_t[n:], t[n:], prompts[n:], self.adapters.values())
+            wanted = torch.cat([wanted[:n], taught])
+        errors = mean_squared_error(unet(x_t, t, text).sample, wanted)
+        if objective.snr_gamma is not None:
+            errors = errors * min_snr_weight(alpha_bar, objective.snr_gamma, base.prediction_type)
+        return errors
+
+    def encode_prompts(self, prompts: Sequence[str], text_encoder: torch.nn.Module) -> torch.Tensor:
+        """(N, tokens, width), from memory unless the text encoder is trained."""
+        if self.embedded is None:
+            return self.base.encode_prompts(prompts, text_encoder)
+        return torch.stack([self.embedded[prompt] for prompt in prompts])
+
+    # Before the first step
+
+    def __init__(self, config: DreamBoothConfig):
+        """Load and check everything; nothing is written.
+
+        Raises:
+            InputError: with what is wrong.
+        """
+        self.output, self.seed = Path(config.checkpoints.output_dir), config.optimization.seed
+        self.B = config.optimization.train_batch_size
+
+        # Processes and base model:
+        self.run = build_run(config.model, config.optimization, config.tracking, self.output)
+        self.base = build_base(config.model, config.objective, self.run)
+        self.config = config = config.with_values(
+            resolution=self.base.check_resolution(config.data.resolution),
+            class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
+            validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
         )
-    run.say(
-        f"{config.adapter.kind} on {', '.join(adapters)}: {sum(a.count() for a in adapters.values()):,} numbers "
-        f"learn; {len(photos)} photos, batch {total_batch}, steps {first_step} to {last_step}, {run.device}, {run.dtype}"
-    )
+        data, prior, subject, validation = config.data, config.prior, config.subject, config.validation
+        self.sampler, self.class_sampler = (
+            build_sampler(self.base, validation, data.resolution, prior.sample_batch_size, DTYPES[precision])
+            for precision in (config.model.mixed_precision, prior.precision or config.model.mixed_precision)
+        )
+        fingerprint = self.base.fingerprint()
 
-    # Caches: what never changes is computed once.
-    for stream in streams:
-        if data.cache_latents is not False and stream.is_cacheable():
-            stream.moments = [base.moments(torch.stack(views)).cpu() for views in stream.views()]
-        elif data.cache_latents:
-            raise InputError("--cache_latents: random crops of oblong images cannot be cached; add --center_crop")
-    prompts = dict.fromkeys(e.prompt for stream in streams for e in stream.examples)
-    is_text_cached = data.pre_compute_text_embeddings is not False and not config.adapter.train_text_encoder
-    with torch.no_grad():
-        embedded = {p: base.encode_prompts([p])[0] for p in prompts} if is_text_cached else None
+        # Photos, prompts, class images:
+        self.photos = self.held_out_photos = self.photo_stream(subject.instance_data_dir, "--instance_data_dir")
+        if subject.held_out_data_dir is not None:
+            self.held_out_photos = self.photo_stream(subject.held_out_data_dir, "--held_out_data_dir")
+        for flag, prompts in {
+            "--instance_prompt": [e.prompt for e in (*self.photos.examples, *self.held_out_photos.examples)],
+            "--class_prompt": prior.class_prompt,
+            "--validation_prompt": validation.validation_prompt,
+            "--base_prompt": validation.base_prompt,
+        }.items():
+            self.base.check_prompts(prompts, flag)
+        if data.cache_latents and not self.photos.is_cacheable():
+            raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
+        if prior.uses_images:
+            check_prior(prior, self.class_sampler, fingerprint, self.seed)
 
-    # Processes share the work:
-    unet = run.accelerator.prepare_model(base.unet)
-    text_encoder = base.text_encoder
-    if "text_encoder" in adapters:
-        text_encoder = run.accelerator.prepare_model(text_encoder)
-    modules = [unet, text_encoder] if "text_encoder" in adapters else [unet]
-    optimizer = run.accelerator.prepare_optimizer(optimizer)
-    alpha_bar = base.noise_schedule.alphas_cumprod.to(run.device)
-    prediction_type = base.noise_schedule.config.prediction_type
-    numbers = run.batch_numbers(first_step, last_step)
-    batches = zip(numbers, Batches(streams, B).load(numbers, data.dataloader_num_workers))
-    sampler = Sampler(
-        base,
-        data.resolution,
-        validation.num_inference_steps,
-        validation.guidance_scale,
-        prior.sample_batch_size,
-        run.dtype,
-    )
+        # What is trained, and by what:
+        self.teacher = None
+        if prior.uses_teacher:
+            self.teacher = Teacher(self.base, prior.class_prompt, is_changed=config.adapter.kind == "full")
+        self.adapters = build_adapters(self.base, config.adapter, config.model.gradient_checkpointing)
+        self.total_batch = self.B * self.run.accumulation * self.run.processes
+        self.last_step = config.optimization.steps(len(self.photos.examples), self.total_batch)
+        self.optimizer, self.schedule = build_optimizer(
+            self.adapters,
+            config.optimization,
+            scale_rate=config.adapter.boft_scale_learning_rate,
+            steps=self.last_step,
+            total_batch=self.total_batch,
+        )
 
-    # Training:
-    step = first_step
-    unet.train()
-    for step in run.steps(first_step, last_step):
-        losses = torch.zeros(2, device=run.device)
-        for number, batch in itertools.islice(batches, run.accumulation):
-            with run.accumulate(number, *modules):
-                # Latents of the photos, then of the class images, and the embeddings of their prompts:
-                keys = iter(batch.keys)
-                x0 = torch.cat([base.encode_images(i, seed, list(itertools.islice(keys, B))) for i in batch.images])
-                if embedded is not None:
-                    text = torch.stack([embedded[prompt] for prompt in batch.prompts])
-                else:
-                    text = base.encode_prompts(batch.prompts, text_encoder)
+        # Where it begins:
+        self.state = TrainingState(
+            self.adapters, self.optimizer, self.schedule, config, fingerprint, self.total_batch, self.run.scaler
+        )
+        self.checkpoints = Checkpoints(self.output, config.checkpoints.checkpoints_total_limit)
+        found = self.checkpoints.choose(
+            config.checkpoints.resume_from_checkpoint, config.checkpoints.overwrite_output_dir
+        )
+        is_endless = config.optimization.lr_scheduler in SCHEDULES_WITHOUT_END
+        may_change = ("max_train_steps",) if is_endless else ()
+        self.first_step = self.state.read(found, self.last_step, may_change) if found else 0
 
-                # Noise them:
-                noise = normal(x0.shape[1:], seed, "noise", batch.keys).to(x0)
-                if objective.offset_noise:
-                    shift = normal(x0.shape[1:2], seed, "offset", batch.keys).to(x0)
-                    noise = offset_noise(noise, shift, objective.offset_noise)
-                t = integers(len(alpha_bar), seed, "timestep", batch.keys).to(run.device)
-                x_t = add_noise(x0, noise, alpha_bar[t])
+    def photo_stream(self, folder: str, flag: str) -> ImageStream:
+        data = self.config.data
+        examples = find_examples(folder, self.config.subject.instance_prompt, flag)
+        transform = Transform(data.resolution, data.center_crop, data.random_flip)
+        stream = ImageStream("instance", examples, transform, self.seed)
+        stream.check()
+        return stream
 
-                # Predict, and compare with the truth:
-                prediction = unet(x_t, t, text).sample
-                errors = mean_squared_error(prediction, target(x0, noise, alpha_bar[t], prediction_type))  # (2B,)
-                if objective.snr_gamma is not None:
-                    errors = errors * min_snr_weight(alpha_bar[t], objective.snr_gamma, prediction_type)
-                instance_loss = errors[:B].mean()
-                prior_loss = errors[B:].mean() if len(errors) > B else errors.new_zeros(())
-                run.accelerator.backward(instance_loss + prior.prior_loss_weight * prior_loss)
-                losses += torch.stack([instance_loss, prior_loss]).detach() / run.accumulation
+    def prepare(self) -> None:
+        """Make class images, open the folder, and compute once what never changes."""
+        config, run, base = self.config, self.run, self.base
+        self.streams, held_out = [self.photos], [self.held_out_photos]
+        if config.prior.with_prior_preservation:
+            class_stream = build_prior_stream(
+                config.prior, self.photos, self.class_sampler, self.adapters, self.state.weights, run
+            )
+            self.streams.append(class_stream)
+            held_out.append(class_stream)
+        if run.is_main:
+            self.checkpoints.begin(is_new=self.first_step == 0)
+        run.open(self.output, config, self.first_step)
+        build_trackers(run, config.tracking, config, self.first_step)
+        trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in self.adapters.items())
+        run.say(
+            f"{config.adapter.kind}: {trained} are trained on {len(self.photos.examples)} photos, "
+            f"batch {self.total_batch}, steps {self.first_step} to {self.last_step}, {run.device}, {run.dtype}"
+        )
+        if config.objective.rescale_betas_zero_snr:
+            base.rescale_to_zero_terminal_snr()
 
-        gradient_norm = run.accelerator.clip_grad_norm_(trainables, optimization.max_grad_norm)
-        learning_rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        self.held_out = [stream.fixed(HELD_OUT) for stream in held_out]
+        for stream in self.streams:
+            if config.data.cache_latents is not False and stream.is_cacheable():
+                stream.cache(base.moments)
+        self.embedded = None
+        if config.data.pre_compute_text_embeddings is not False and not config.adapter.train_text_encoder:
+            prompts = [example.prompt for stream in self.streams for example in stream.examples]
+            self.embedded = base.embed([*prompts, *(p for batch in self.held_out for p in batch.prompts)])
 
-        # Log, save, look:
-        instance, class_ = run.mean(losses)
-        run.log(
+    def share(self) -> tuple[torch.nn.Module, torch.nn.Module, torch.optim.Optimizer]:
+        """UNet, text encoder and optimizer as the processes share them."""
+        prepare = self.run.accelerator.prepare_model
+        unet, text_encoder = prepare(self.base.unet), self.base.text_encoder
+        unet.train()
+        if "text_encoder" in self.adapters:
+            text_encoder = prepare(text_encoder)
+            text_encoder.train()
+        return unet, text_encoder, self.run.accelerator.prepare_optimizer(self.optimizer)
+
+    # Between the steps, in the first process
+
+    def log(self, step: int, losses: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
+        """Numbers of a step. The mean over processes is taken here, so all of them must call."""
+        instance_loss, prior_loss = self.run.mean(losses)
+        has_prior = len(self.streams) > 1
+        is_rare = step % 50 == 0 or step == self.last_step
+        self.run.log(
             step,
-            loss=instance + prior.prior_loss_weight * class_,
-            instance_loss=instance,
-            prior_loss=class_ if len(streams) > 1 else None,
+            loss=instance_loss + self.config.prior.prior_loss_weight * prior_loss,
+            instance_loss=instance_loss,
+            prior_loss=prior_loss if has_prior else None,
             learning_rate=learning_rate,
             gradient_norm=float(gradient_norm),
-            images_per_second=total_batch * len(streams) / run.seconds,
-            rotation_degrees=adapters["unet"].rotation_angle() if step % 50 == 0 or step == last_step else None,
+            images_per_second=self.total_batch * len(self.streams) / self.run.seconds,
+            peak_memory_gib=self.run.peak_memory(),
+            rotation_degrees=self.adapters["unet"].rotation_angle() if is_rare else None,
         )
-        if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
-            if run.is_main:
-                checkpoints.save(step, state)
-            run.accelerator.wait_for_everyone()
-        if validation.validation_prompt and step % validation.validation_steps == 0 and run.is_main:
-            validate(run, step, sampler, validation.validation_prompt, validation.num_validation_images, seed)
 
-    # The result:
-    if run.is_main and not run.exit_code:
-        save_result(config, base, adapters, output, step)
-        if validation.validation_prompt:
-            picture = compare(config, base, adapters, sampler, photos)
-            save_picture(picture, output / "comparison.png")
-            run.say(f"the subject before and after: {output / 'comparison.png'}")
-    run.close()
-    return run.exit_code
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """The loss on fixed noise and timesteps, and a grid of pictures with one column a prompt."""
+        base, validation = self.base, self.config.validation
+        T, losses = len(base.alpha_bar), {}
+        with evaluating(base.unet, base.text_encoder), self.run.autocast():
+            for name, batch in zip(("instance", "prior"), self.held_out):
+                n = len(batch.keys)
+                t = torch.arange(n, device=self.run.device) * T // n + T // (
+                    2 * n
+                )  # one from each n-th of the schedule
+                x0 = base.encode_images(batch.images, self.seed, batch.keys)
+                text = self.encode_prompts(batch.prompts, base.text_encoder)
+                teacher, self.teacher = self.teacher, None  # the truth is asked for here
+                errors = self.denoising_errors(base.unet, x0, t, text, batch.prompts, batch.keys)
+                self.teacher = teacher
+                losses[f"held_out_{name}_loss"] = errors.mean().item()
+        self.run.log(step, **losses)
+        if prompts := validation.validation_prompt:
+            rows = [
+                self.sampler(prompts, self.seed, [f"validation/{row}/{i}" for i in range(len(prompts))])
+                for row in range(validation.num_validation_images)
+            ]
+            self.run.log_picture(step, "validation", grid(rows, columns=prompts))
 
-
-# Building
-
-
-def add_adapter(module: torch.nn.Module, config: DreamBoothConfig) -> Adapter:
-    """What --use_boft, --use_lora, or neither put on a module."""
-    adapter = config.adapter
-    if adapter.use_boft:
-        return add_boft(
-            module,
-            adapter.boft_target_modules,
-            block_size=adapter.boft_block_size or 0,
-            block_num=adapter.boft_block_num or 0,
-            factors=adapter.boft_n_butterfly_factor,
-            dropout=adapter.boft_dropout,
-            bias=adapter.boft_bias,
-            train_scale=adapter.boft_scale_learning_rate != 0,
+    def finish(self, step: int) -> None:
+        """Write the adapters as unet/ and text_encoder/, or the whole pipeline; a card; the comparison."""
+        config = self.config
+        if config.adapter.kind == "full":
+            self.base.pipeline().save_pretrained(self.output)
+        else:
+            for name, adapter in self.adapters.items():
+                write_folder(self.output / name, adapter.save)
+        picture = None
+        if config.validation.validation_prompt:
+            picture = self.output / "comparison.png"
+            save_picture(self.compare(), picture)
+            self.run.say(f"before and after: {picture}")
+        card = model_card(
+            title=config.subject.instance_prompt,
+            base=self.base.name,
+            kind=config.adapter.kind,
+            folder=str(self.output),
+            prompt=config.subject.instance_prompt,
+            facts={
+                "method": config.adapter.kind,
+                "trained numbers": f"{sum(a.count() for a in self.adapters.values()):,}",
+                "steps": step,
+                "batch": self.total_batch,
+                "learning rate": config.optimization.learning_rate,
+                "resolution": config.data.resolution,
+                "seed": self.seed,
+            },
+            picture=picture and picture.name,
+            with_text_encoder="text_encoder" in self.adapters,
+            stock_peft=config.adapter.boft_n_butterfly_factor == 1,
         )
-    if adapter.use_lora:
-        return add_lora(
-            module,
-            adapter.lora_target_modules,
-            rank=adapter.rank,
-            alpha=adapter.lora_alpha,
-            dropout=adapter.lora_dropout,
+        (self.output / "README.md").write_text(card, encoding="utf-8")
+
+    def compare(self) -> Image.Image:
+        """The photos; the base; the tuned model on the same noise; what became of the class."""
+        config, seed = self.config, self.seed
+        prompts = config.validation.validation_prompt
+        base_prompts = config.validation.base_prompt or prompts
+        keys = [f"validation/0/{i}" for i in range(len(prompts))]
+        sampler = self.sampler
+        if config.adapter.kind == "full":
+            base = load_stable_diffusion(
+                self.base.name, self.base.revision, config.model.variant, config.model.tokenizer_name
+            )
+            base.freeze(self.run.dtype, self.run.device)
+            before = sampler.of(base)(base_prompts, seed, keys)
+        else:
+            with disabled(self.adapters.values()):
+                before = sampler(base_prompts, seed, keys)
+        rows = {f"before\n“{base_prompts[0]}” …": before, f"after\n“{prompts[0]}” …": sampler(prompts, seed, keys)}
+        if plain := config.prior.class_prompt[:1]:
+            rows[f"after\n“{plain[0]}”: the class is still the class"] = sampler(
+                plain * len(prompts), seed, [f"class/{key}" for key in keys]
+            )
+        crop = Transform(config.data.resolution, center_crop=True).crop
+        return grid(
+            list(rows.values()),
+            columns=prompts,
+            captions=list(rows),
+            photos=[crop(open_image(example.path)) for example in self.photos.examples[: 2 * len(prompts)]],
+            photo_caption=f"photos\n“{config.subject.instance_prompt}”",
         )
-    return train_fully(module)
-
-
-def make_class_stream(
-    config: DreamBoothConfig,
-    run: Run,
-    base: StableDiffusion,
-    adapters: dict[str, Adapter],
-    transform: Transform,
-    fingerprint: str,
-) -> ImageStream:
-    """The class images, the missing ones generated by the base, all processes sharing the work."""
-    prior, validation, seed = config.prior, config.validation, config.optimization.seed
-    folder, prompts = Path(prior.class_data_dir), prior.class_prompt
-    own = class_images.own_images(folder, prompts)[: prior.num_class_images]
-    count = prior.num_class_images - len(own)
-    precision = prior.prior_generation_precision or config.model.mixed_precision
-    record = {
-        "prompts": prompts,
-        "model": base.name,
-        "revision": base.revision,
-        "weights": fingerprint,
-        "resolution": config.data.resolution,
-        "scheduler": type(base.scheduler).__name__,
-        "steps": validation.num_inference_steps,
-        "guidance_scale": validation.guidance_scale,
-        "precision": precision,
-        "seed": seed,
-    }
-    class_images.check_record(folder, record)
-    missing = class_images.missing_indices(folder, count)
-    if missing:
-        if run.is_main:
-            class_images.write_record(folder, record)
-        run.accelerator.wait_for_everyone()
-        mine = missing[run.rank :: run.processes]
-        sampler = Sampler(
-            base,
-            config.data.resolution,
-            validation.num_inference_steps,
-            validation.guidance_scale,
-            prior.sample_batch_size,
-            DTYPES[precision],
-        )
-        with run.progress("class images", len(mine)) as bar, disabled(adapters.values()):
-            class_images.generate(folder, mine, prompts, sampler, seed, bar.update)
-        run.accelerator.wait_for_everyone()
-    examples = [*own, *class_images.generated_examples(folder, count, prompts)]
-    return ImageStream("class", examples, transform, seed)
-
-
-# Pictures and results
-
-
-def validate(run: Run, step: int, sampler: Sampler, prompts: Sequence[str], images_a_prompt: int, seed: int) -> None:
-    """A grid: one column a prompt."""
-    keys = [f"validation/{i}/{j}" for j in range(images_a_prompt) for i in range(len(prompts))]
-    images = sampler(list(prompts) * images_a_prompt, seed, keys)
-    rows = [images[j * len(prompts) : (j + 1) * len(prompts)] for j in range(images_a_prompt)]
-    run.log_picture(step, "validation", grid(rows, columns=prompts))
-
-
-def compare(
-    config: DreamBoothConfig,
-    base: StableDiffusion,
-    adapters: dict[str, Adapter],
-    sampler: Sampler,
-    photos: Sequence,
-):
-    """The base, the tuned model, and what became of the class, on the same noise."""
-    validation, seed = config.validation, config.optimization.seed
-    prompts = validation.validation_prompt
-    keys = [f"validation/{i}/0" for i in range(len(prompts))]
-    before_prompts = validation.base_prompt or prompts
-    if config.adapter.kind == "full":
-        original = load_stable_diffusion(base.name, base.revision, config.model.variant, config.model.tokenizer_name)
-        original.freeze(sampler.precision, base.unet.device)
-        before = Sampler(**{**vars(sampler), "base": original})(before_prompts, seed, keys)
-    else:
-        with disabled(adapters.values()):
-            before = sampler(before_prompts, seed, keys)
-    crop = Transform(config.data.resolution, center_crop=True).crop
-    rows = [before, sampler(prompts, seed, keys)]
-    captions = [f"before\n“{before_prompts[0]}” …", f"after\n“{prompts[0]}” …"]
-    if config.prior.class_prompt:
-        rows.append(sampler([config.prior.class_prompt[0]] * len(prompts), seed, [f"class/{k}" for k in keys]))
-        captions.append(f"after\n“{config.prior.class_prompt[0]}”: the class is still the class")
-    return grid(
-        rows,
-        columns=prompts,
-        captions=captions,
-        photos=[crop(open_image(p.path)) for p in photos[: 2 * len(prompts)]],
-        photo_caption=f"the photos\n“{config.subject.instance_prompt}”",
-    )
-
-
-def save_result(config: DreamBoothConfig, base: StableDiffusion, adapters, output: Path, step: int) -> None:
-    """The adapters as unet/ and text_encoder/, or the whole pipeline, with a card."""
-    if config.adapter.kind == "full":
-        base.pipeline().save_pretrained(output)
-    else:
-        for name, adapter in adapters.items():
-            write_folder(output / name, adapter.save)
-    facts = {
-        "method": config.adapter.kind,
-        "steps": step,
-        "learning rate": config.optimization.learning_rate,
-        "batch": config.optimization.train_batch_size,
-        "resolution": config.data.resolution,
-        "seed": config.optimization.seed,
-        "trained numbers": f"{sum(a.count() for a in adapters.values()):,}",
-    }
-    card = model_card(
-        title=f"{config.subject.instance_prompt}",
-        base=base.name,
-        kind=config.adapter.kind,
-        folder=str(output),
-        prompt=config.subject.instance_prompt,
-        facts=facts,
-        picture="comparison.png" if config.validation.validation_prompt else None,
-        with_text_encoder="text_encoder" in adapters,
-        stock_peft=config.adapter.boft_n_butterfly_factor == 1,
-    )
-    (output / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .config import InputError
+from .config import InputError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Writable(Protocol):
     def write(self, folder: Path, step: int) -> None: ...
 
 
-class SaveError(Exception):
+class SaveError(RunError):
     """A checkpoint could not be written; what stood before still stands."""
 
 
@@ -75,8 +75,10 @@ class Checkpoints:
                 shutil.rmtree(old)
         return path
 
-    def remove_unfinished(self) -> None:
-        """Clear away what a killed process left half-written."""
+    def begin(self, is_new: bool) -> None:
+        """Clear away what a killed process left half-written and, before a new run, all that stands."""
+        for path in self.all() if is_new else []:
+            shutil.rmtree(path)
         for path in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -94,11 +96,6 @@ class Checkpoints:
                 "--overwrite_output_dir to remove it, or give another folder"
             )
         return None
-
-    def clear(self) -> None:
-        """Remove all of them."""
-        for path in self.all():
-            shutil.rmtree(path)
 
     def find(self, name: str) -> Path | None:
         """The checkpoint meant by a path, a bare name, or `latest` (None if there is none, incomplete ones ignored).

@@ -31,6 +31,10 @@ class InputError(Exception):
         self.faults = faults
 
 
+class RunError(Exception):
+    """A run cannot go on, through no fault of its input."""
+
+
 def setting(
     default: Any,
     help: str,
@@ -177,7 +181,7 @@ def read_config(cls: type[C], argv: Sequence[str] | None = None, description: st
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a program and return its exit code: 2 and one line per fault if the input is wrong.
+    """Run a program and return its exit code: 2 if the input is wrong, 1 if the run cannot go on; each with its lines.
 
     `--debug` shows the traceback.
     """
@@ -185,13 +189,13 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     debug = "--debug" in argv
     try:
         return main([a for a in argv if a != "--debug"]) or 0
-    except InputError as error:
+    except (InputError, RunError) as error:
         if debug:
             traceback.print_exc()
         if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
-            for fault in error.faults:
+            for fault in str(error).splitlines():
                 print(f"error: {fault}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
 
 
 def show(value: Any) -> str:

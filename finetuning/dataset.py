@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -203,6 +203,27 @@ def to_image(tensor: torch.Tensor) -> Image.Image:
 
 
 @dataclass
+class Images:
+    """A stack of images, as pixels (B, 3, H, W) in [-1, 1] or as moments of their latents (B, 2, C, h, w)."""
+
+    pixels: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Samples of all streams, one stream after the other.
+
+    Attributes:
+        images: one entry a stream; prompts, keys: one entry a sample.
+    """
+
+    images: list[Images]
+    prompts: list[str]
+    keys: list[str]
+
+
+@dataclass
 class ImageStream:
     """Images of one kind in their order of training.
 
@@ -239,14 +260,26 @@ class ImageStream:
             raise InputError(*faults)
 
     def is_cacheable(self) -> bool:
-        return all(self.transform.is_cacheable(open_image(e.path).size) for e in self.examples)
+        """Whether no image has random crops."""
+        return all(self.transform.is_cacheable(open_image(path).size) for path in {e.path for e in self.examples})
 
-    def views(self) -> Iterator[list[torch.Tensor]]:
-        """For a cacheable stream, each image as its one or two possible tensors (upright, mirrored)."""
-        plain = replace(self.transform, random_flip=False, center_crop=True)
-        for example in self.examples:
-            upright = plain(open_image(example.path), generator(0))
-            yield [upright, upright.flip(-1)] if self.transform.random_flip else [upright]
+    def cache(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Keep the moments of every image, upright and mirrored; `encode` maps (B, 3, H, W) to (B, 2, C, h, w)."""
+        middle = replace(self.transform, random_flip=False, center_crop=True)
+        moments = {}
+        for path in dict.fromkeys(example.path for example in self.examples):
+            upright = to_tensor(middle.crop(open_image(path)))
+            views = [upright, upright.flip(-1)] if self.transform.random_flip else [upright]
+            moments[path] = encode(torch.stack(views)).cpu()
+        self.moments = [moments[example.path] for example in self.examples]
+
+    def fixed(self, count: int) -> Batch:
+        """The first `count` images, as often as needed, uncropped by chance; always the same, for measuring."""
+        middle = Transform(self.transform.resolution, center_crop=True)
+        chosen = [self.examples[i % len(self.examples)] for i in range(count)]
+        pixels = torch.stack([to_tensor(middle.crop(open_image(example.path))) for example in chosen])
+        keys = [f"held-out/{self.name}/{i}" for i in range(count)]
+        return Batch([Images(pixels=pixels)], [example.prompt for example in chosen], keys)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, str, str]:
         """Returns pixels (3, H, W) or moments (2, C, h, w), the prompt, and the key of the sample's randomness."""
@@ -255,27 +288,6 @@ class ImageStream:
         if self.moments is None:
             return self.transform(open_image(example.path), random), example.prompt, key
         return self.moments[index][int(self.transform.flips(random))], example.prompt, key
-
-
-@dataclass
-class Images:
-    """A stack of images, as pixels (B, 3, H, W) in [-1, 1] or as moments of their latents (B, 2, C, h, w)."""
-
-    pixels: torch.Tensor | None = None
-    moments: torch.Tensor | None = None
-
-
-@dataclass
-class Batch:
-    """Samples of all streams, one stream after the other.
-
-    Attributes:
-        images: one entry a stream; prompts, keys: one entry a sample.
-    """
-
-    images: list[Images]
-    prompts: list[str]
-    keys: list[str]
 
 
 class Batches(torch.utils.data.Dataset):

@@ -49,11 +49,5 @@ def offset_noise(noise: torch.Tensor, shift: torch.Tensor, strength: float) -> t
     return noise + strength * shift[..., None, None]
 
 
-def rescale_to_zero_terminal_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
-    """ᾱ of a schedule shifted and scaled so that the last step is pure noise (arXiv 2305.08891, Algorithm 1). (T,)."""
-    root = alpha_bar.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
-
-
 def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -73,7 +73,7 @@ class Run:
 
     # The folder and the trackers
 
-    def open(self, folder: Path, config: Config, *, first_step: int = 0) -> None:
+    def open(self, folder: Path, config: Config, first_step: int = 0) -> None:
         """Make the output folder with the resolved configuration, and cut the log to what a resumed run keeps."""
         self.folder = folder
         if self.is_main:
@@ -150,6 +150,27 @@ class Run:
         seed_modules(self.seed, "dropout", number)
         with self.accelerator.accumulate(*modules):
             yield
+
+    def autocast(self):
+        """The arithmetic of --mixed_precision, for calls that are not of a prepared module."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a batch's share of the step's loss."""
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+        """Clip the norm of all gradients together; returns it."""
+        return self.accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def scaler(self):
+        """Of float16 training, or None."""
+        return self.accelerator.scaler
 
     @property
     def seconds(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -30,6 +30,10 @@ class Sampler:
     guidance_scale: float
     batch_size: int
     precision: torch.dtype = torch.float32
+
+    def of(self, base: StableDiffusion) -> Sampler:
+        """The same for another model."""
+        return replace(self, base=base)
 
     def __call__(self, prompts: Sequence[str], seed: int, keys: Sequence[object]) -> list[Image.Image]:
         """One picture a prompt. The noise that picture i starts from depends on (seed, keys[i]) alone."""

@@ -78,6 +78,9 @@ class SubjectSettings(Group):
     """Subject"""
 
     instance_data_dir: str | None = setting(None, "Folder with photos of the subject.")
+    held_out_data_dir: str | None = setting(
+        None, "Photos of the subject that are only measured, never trained on. None = the training photos."
+    )
     instance_prompt: str | None = setting(
         None, "Prompt that names the subject by a rare word, e.g. 'a photo of qwe mug'. A caption overrides it."
     )
@@ -112,11 +115,23 @@ class PriorSettings(Group):
         choices=("no", "fp32", "bf16", "fp16"),
     )
 
+    @property
+    def uses_images(self) -> bool:
+        return self.with_prior_preservation and self.prior_target == "images"
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.with_prior_preservation and self.prior_target == "frozen_model"
+
+    @property
+    def precision(self) -> str | None:
+        return self.prior_generation_precision
+
     def faults(self) -> Iterator[str]:
         if not self.with_prior_preservation:
             for name in ("class_data_dir", "class_prompt"):
                 if value := getattr(self, name):
-                    yield f"--{name}={show(value)}: has no effect without --with_prior_preservation; add it or drop this"
+                    yield f"--{name}={show(value)}: needs --with_prior_preservation; add it or drop this"
             return
         if not self.class_prompt:
             yield "--class_prompt: needed with --with_prior_preservation, e.g. --class_prompt='a photo of a mug'"
@@ -202,6 +217,10 @@ class OptimizationSettings(Group):
     adam_epsilon: float = setting(1e-8, "AdamW.", above=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", above=0)
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit state (needs bitsandbytes).")
+
+    def steps(self, images: int, total_batch: int) -> int:
+        """Optimizer steps of the run, if an epoch has so many images and a step so many samples."""
+        return self.max_train_steps or self.num_train_epochs * -(-images // total_batch)
 
     def faults(self) -> Iterator[str]:
         steps = self.max_train_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ transformers.utils.logging.disable_progress_bar()
 import diffusers  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKL,
+    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
@@ -67,6 +68,32 @@ class StableDiffusion:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def prediction_type(self) -> str:
+        """epsilon or v_prediction."""
+        return self.noise_schedule.config.prediction_type
+
+    @property
+    def alpha_bar(self) -> torch.Tensor:
+        """ᾱ of the noise schedule, (T,), on the UNet's device."""
+        return self.noise_schedule.alphas_cumprod.to(self.unet.device)
+
+    def check_resolution(self, resolution: int | None) -> int:
+        """The resolution to train at, by default the model's own.
+
+        Raises:
+            InputError: the UNet cannot halve it as often as it must.
+        """
+        if resolution is None:
+            return self.resolution
+        multiple = self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if resolution % multiple:
+            near = max(multiple, round(resolution / multiple) * multiple)
+            raise InputError(
+                f"--resolution={resolution}: must be a multiple of {multiple} for this model, e.g. {near}"
+            )
+        return resolution
+
+    @property
     def resolution(self) -> int:
         """The side in pixels that the UNet was made for."""
         return self.unet.config.sample_size * self.vae_scale
@@ -105,16 +132,21 @@ class StableDiffusion:
         return text_encoder(ids.to(self.text_encoder.device), return_dict=False)[0]
 
     @torch.no_grad()
+    def embed(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Each different prompt's hidden states, (tokens, width)."""
+        return {prompt: self.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts)}
+
+    @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32."""
         distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         mean, std = distribution.mean - (self.vae.config.shift_factor or 0), distribution.std
         return torch.stack([mean, std], dim=1).float() * self.vae.config.scaling_factor
 
-    def encode_images(self, images: Images, seed: int, keys: Sequence[str]) -> torch.Tensor:
-        """A draw of the latents of images, (B, C, h, w); the one of sample i depends on (seed, keys[i]) alone."""
-        moments = self.moments(images.pixels) if images.moments is None else images.moments.to(self.vae.device)
-        mean, std = moments.unbind(dim=1)
+    def encode_images(self, images: Sequence[Images], seed: int, keys: Sequence[str]) -> torch.Tensor:
+        """A draw of the latents of all images, (N, C, h, w); the one of image i depends on (seed, keys[i]) alone."""
+        moments = [self.moments(i.pixels) if i.moments is None else i.moments.to(self.vae.device) for i in images]
+        mean, std = torch.cat(moments).unbind(dim=1)
         return mean + std * normal(mean.shape[1:], seed, "latent", keys).to(mean)
 
     @torch.no_grad()
@@ -124,6 +156,12 @@ class StableDiffusion:
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
 
     # Use
+
+    def rescale_to_zero_terminal_snr(self) -> None:
+        """Train and sample on a schedule whose last step is pure noise (arXiv 2305.08891)."""
+        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.noise_schedule = DDPMScheduler.from_config(self.noise_schedule.config, **changes)
+        self.scheduler = DDIMScheduler.from_config(self.scheduler.config, **changes)
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
@@ -177,9 +215,10 @@ def load_stable_diffusion(
             scheduler=_scheduler_class(config).from_pretrained(name, subfolder="scheduler", **options),
             noise_schedule=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
         )
-    kind = base.noise_schedule.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise InputError(f"{FLAG}={name}: prediction type {kind}; epsilon and v_prediction can be trained")
+    if base.prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(
+            f"{FLAG}={name}: prediction type {base.prediction_type}; epsilon and v_prediction can be trained"
+        )
     return base
 
 
