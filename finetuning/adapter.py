@@ -103,7 +103,8 @@ class Adapter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under peft's names."""
-        return {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.peft_model).items()}
+        state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     @contextmanager
     def disabled(self):

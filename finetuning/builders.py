@@ -48,8 +48,8 @@ def build_base(model: ModelSettings, objective: ObjectiveSettings, run: Run) -> 
     )
     if objective.rescale_betas_zero_snr and base.prediction_type != "v_prediction":
         raise InputError(
-            f"--rescale_betas_zero_snr: the model predicts {base.prediction_type}, which says nothing about pure noise; "
-            "use a v-prediction model or drop the flag"
+            f"--rescale_betas_zero_snr: the model predicts {base.prediction_type}, which says nothing about pure "
+            "noise; use a v-prediction model or drop the flag"
         )
     base.freeze(run.dtype, run.device)
     choose_attention(base.unet, run.device, model.enable_xformers_memory_efficient_attention)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 C = TypeVar("C", bound="Config")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(Exception):
@@ -189,13 +191,17 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     debug = "--debug" in argv
     try:
         return main([a for a in argv if a != "--debug"]) or 0
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
         if debug:
             traceback.print_exc()
-        if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
-            for fault in str(error).splitlines():
-                print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        code = 2 if isinstance(error, InputError) else 1
+        message = f"the disk is full: {error}; free some space" if isinstance(error, OSError) else str(error)
+    if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
+        for line in message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 def show(value: Any) -> str:

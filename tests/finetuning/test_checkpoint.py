@@ -1,0 +1,138 @@
+"""Folders that are complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from finetuning.checkpoint import MANIFEST, Checkpoints, SaveError, damage, write_folder
+from finetuning.config import InputError
+
+
+class State:
+    """Writes two files, and may fail between them."""
+
+    def __init__(self, fail: Exception | None = None, size: int = 100):
+        self.fail, self.size = fail, size
+
+    def write(self, folder, step):
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_bytes(os.urandom(self.size))
+        if self.fail:
+            raise self.fail
+        (folder / "step").write_text(str(step))
+
+
+@contextmanager
+def largest_file(size: int):
+    """A real limit: writing more fails with EFBIG, as a full disk does with ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_rotation_leaves_exactly_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, limit=2)
+    for step in (2, 4, 10, 20):
+        checkpoints.save(step, State())
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"]
+    assert checkpoints.find("latest").name == "checkpoint-20"
+    assert checkpoints.find("checkpoint-10") == checkpoints.find(str(tmp_path / "checkpoint-10"))
+
+
+@pytest.mark.parametrize("fail", [OSError(28, "No space left on device"), RuntimeError("library")], ids=str)
+def test_a_failed_save_loses_nothing(fail, tmp_path):
+    checkpoints = Checkpoints(tmp_path, limit=1)
+    checkpoints.save(1, State())
+    with pytest.raises(SaveError, match="checkpoint-1 stands"):
+        checkpoints.save(2, State(fail))
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert damage(tmp_path / "checkpoint-1") is None
+
+
+def test_a_full_disk_is_said_with_the_size(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State())
+    with largest_file(50_000), pytest.raises(SaveError, match=r"MB are needed, .*checkpoint-1 stands"):
+        checkpoints.save(2, State(size=1_000_000))
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State(size=10))
+    checkpoints.save(1, State(size=20))
+    assert (tmp_path / "checkpoint-1" / "unet" / "weights").stat().st_size == 20
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+DAMAGES = {
+    "missing file": lambda path: (path / "step").unlink(),
+    "cut file": lambda path: (path / "unet" / "weights").write_bytes(b"x"),
+    "changed bits": lambda path: (path / "unet" / "weights").write_bytes(b"x" * 100),
+    "no manifest": lambda path: (path / MANIFEST).unlink(),
+    "cut manifest": lambda path: (path / MANIFEST).write_text("{"),
+    "another manifest": lambda path: (path / MANIFEST).write_text(json.dumps({"step": 3})),
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_or_refused(spoil, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State())
+    checkpoints.save(2, State())
+    spoil(tmp_path / "checkpoint-2")
+    assert checkpoints.find("latest").name == "checkpoint-1"
+    with pytest.raises(InputError, match="checkpoint-2"):
+        checkpoints.find("checkpoint-2")
+
+
+def test_what_a_killed_process_left_is_ignored_and_cleared(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State())
+    (tmp_path / ".saving-2").mkdir()
+    (tmp_path / ".saving-2" / "half").write_text("x")
+    assert checkpoints.find("latest").name == "checkpoint-1"
+    checkpoints.begin(is_new=False)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "unet"
+    write_folder(path, lambda folder: (folder / "a").write_text("old"))
+    renames = []
+    rename = type(path).rename
+
+    def killed(self, target):
+        renames.append(self.name)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(type(path), "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, lambda folder: (folder / "a").write_text("new"))
+    left = [p for p in tmp_path.iterdir() if damage(p) is None]
+    assert {(p / "a").read_text() for p in left} == {"old", "new"}
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State())
+    with pytest.raises(InputError, match="--overwrite_output_dir"):
+        checkpoints.choose(None)
+    assert checkpoints.choose(None, overwrite=True) is None
+    assert names(tmp_path) == ["checkpoint-1"], "choosing changes nothing yet"
+    checkpoints.begin(is_new=True)
+    assert names(tmp_path) == []

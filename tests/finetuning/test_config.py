@@ -1,0 +1,128 @@
+"""Flags, YAML, and their faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import pytest
+import yaml
+
+from finetuning.config import Config, Group, InputError, contradictions, fields_of, read_config, run_command, setting
+from finetuning.settings import DreamBoothConfig
+
+NEEDED = ["--instance_data_dir=photos", "--instance_prompt=a photo of qwe mug"]
+
+
+def read(*argv: str) -> DreamBoothConfig:
+    return read_config(DreamBoothConfig, [*NEEDED, *argv])
+
+
+def test_flags_have_the_types_of_their_fields():
+    config = read("--learning_rate=3e-5", "--max_train_steps", "7", "--use_boft", "--validation_prompt", "a. b", "c")
+    assert config.optimization.learning_rate == 3e-5
+    assert config.optimization.max_train_steps == 7
+    assert config.adapter.use_boft
+    assert config.validation.validation_prompt == ["a. b", "c"]
+
+
+def test_the_original_command_is_understood():
+    config = read(
+        "--wandb_project_name=p", "--wandb_run_name=r", "--with_prior_preservation", "--prior_loss_weight=1.0",
+        "--class_data_dir=c", "--class_prompt=a photo of backpack", "--resolution=512", "--num_dataloader_workers=2",
+        "--lr_scheduler=constant", "--lr_warmup_steps=0", "--num_class_images=200", "--use_boft", "--boft_block_num=8",
+        "--boft_block_size=0", "--boft_n_butterfly_factor=1", "--boft_dropout=0.1", "--boft_bias=boft_only",
+        "--enable_xformers_memory_efficient_attention", "--report_to=wandb",
+    )  # fmt: skip
+    assert config.data.dataloader_num_workers == 2
+    assert config.tracking.tracker_project_name == "p"
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 5\nlearning_rate: 1\nuse_lora: true\nrank: 2\n")
+    config = read(f"--config={file}", "--seed=7", "--no_use_lora", "--rank=8")
+    assert config.optimization.seed == 7
+    assert config.optimization.learning_rate == 1.0 and isinstance(config.optimization.learning_rate, float)
+    assert not config.adapter.use_lora
+    assert config.optimization.train_batch_size == 4
+
+
+def test_what_is_saved_reads_back_equal_and_holds_no_secret(tmp_path):
+    config = read("--validation_prompt", "ä. 1", "b: c", "--max_train_steps=3")
+    config = config.with_values(hub_token="secret-token", resolution=64)
+    config.save(tmp_path / "c.yaml")
+    text = (tmp_path / "c.yaml").read_text()
+    assert "secret-token" not in text and "hub_token" not in text and "hub_token" not in config.as_dict()
+    again = read_config(DreamBoothConfig, [f"--config={tmp_path / 'c.yaml'}"])
+    assert again.as_dict() == config.as_dict()
+
+
+def test_all_faults_come_in_one_error():
+    with pytest.raises(InputError) as caught:
+        read("--learning_rat=1", "--max_train_steps=x", "--resolution=1.5")
+    text = str(caught.value)
+    assert "did you mean learning_rate?" in text
+    assert "--max_train_steps=x: expected a whole number or None" in text
+    assert "--resolution=1.5" in text
+    assert len(caught.value.faults) == 3
+
+
+def test_combinations_are_checked_together():
+    with pytest.raises(InputError) as caught:
+        read("--use_boft", "--use_lora", "--class_data_dir=x", "--lr_warmup_steps=5")
+    assert {f.split(":")[0].split("=")[0].split(" ")[0] for f in caught.value.faults} == {
+        "--use_boft", "--class_data_dir", "--lr_warmup_steps",
+    }  # fmt: skip
+
+
+def test_every_setting_is_documented_and_unique():
+    config = read()
+    names = [field.name for _, field in fields_of(config)]
+    assert len(names) == len(set(names))
+    assert all(len(field.metadata["help"]) > 3 for _, field in fields_of(config))
+    assert all(type(group).__doc__ for group in (getattr(config, f.name) for f in fields(config)))
+
+
+def test_the_file_may_not_have_unknown_keys_or_wrong_types(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"sed": 1, "use_boft": "yes", "seed": 1.5}))
+    with pytest.raises(InputError) as caught:
+        read(f"--config={file}")
+    text = str(caught.value)
+    assert "unknown key 'sed'; did you mean seed?" in text and "use_boft: yes" in text and "seed: 1.5" in text
+
+
+def test_contradictions_name_both_values():
+    before = read("--learning_rate=1e-3", "--output_dir=a").as_dict()
+    now = read("--learning_rate=2e-3", "--output_dir=b")
+    assert contradictions(before, now) == ["--learning_rate=0.002: the checkpoint was made with 0.001"]
+
+
+@dataclass
+class _Numbers(Group):
+    """Numbers"""
+
+    n: int = setting(1, "a number", minimum=0, maximum=3)
+    maybe: float | None = setting(None, "perhaps a number", above=0)
+
+
+@dataclass
+class _Config(Config):
+    numbers: _Numbers
+
+
+@pytest.mark.parametrize("argument", ["--n=-1", "--n=4", "--n=nan", "--n=", "--maybe=0", "--maybe=inf", "--n"])
+def test_ranges(argument):
+    with pytest.raises(InputError, match=argument.split("=")[0]):
+        read_config(_Config, [argument])
+
+
+def test_exit_codes(capsys):
+    def fail(argv):
+        raise InputError("--x=1: wrong", "--y=2: wrong too")
+
+    assert run_command(lambda argv: None, []) == 0
+    assert run_command(fail, []) == 2
+    assert capsys.readouterr().err == "error: --x=1: wrong\nerror: --y=2: wrong too\n"
+    assert run_command(fail, ["--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err

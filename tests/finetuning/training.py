@@ -1,0 +1,76 @@
+"""Runs of the real command line in this process, and how to read what they wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+import train_dreambooth
+from finetuning.config import run_command
+
+BOFT = ("--use_boft", "--boft_block_size=4", "--boft_n_butterfly_factor=2")
+
+
+def flags(base: Path, photos: Path, output: Path, *more: object, adapter: Sequence[str] = BOFT) -> list[str]:
+    """A small run on small models."""
+    return [
+        f"--pretrained_model_name_or_path={base}",
+        f"--instance_data_dir={photos}",
+        "--instance_prompt=a photo of qwe mug",
+        f"--output_dir={output}",
+        "--train_batch_size=2",
+        "--learning_rate=1e-2",
+        "--max_train_steps=4",
+        "--num_inference_steps=2",
+        "--report_to=none",
+        *adapter,
+        *map(str, more),
+    ]
+
+
+def prior_flags(folder: Path, count: int = 3) -> list[str]:
+    return [
+        "--with_prior_preservation",
+        f"--class_data_dir={folder}",
+        f"--num_class_images={count}",
+        "--class_prompt", "a photo of a mug", "a red mug",
+    ]  # fmt: skip
+
+
+def run(*arguments: object) -> int:
+    """The exit code of train_dreambooth.py with these arguments."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    return run_command(train_dreambooth.main, [str(a) for a in arguments])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a result's or a checkpoint's adapters or modules."""
+    return {
+        f"{path.parent.name}/{name}": tensor
+        for part in ("unet", "text_encoder")
+        for path in sorted((folder / part).glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert left and left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def optimizer_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    return {f"{index}/{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
