@@ -80,7 +80,7 @@ def muon(module: nn.Module, learning_rate: float, weight_decay: float) -> Muon:
 class Average:
     """An exponential moving average of parameters, whose horizon grows with the run up to 1 / (1 - `decay`) steps."""
 
-    def __init__(self, module: nn.Module, decay: float = 0.9985):
+    def __init__(self, module: nn.Module, decay: float = 0.997):
         self.module, self.decay = module, decay
         self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
 

@@ -21,7 +21,7 @@ from .captions import caption
 from .clip import encoder_of
 from .loop import fit, muon
 
-BATCH, CAPTION_DROPOUT, GAMMA = 32, 0.1, 5.0  # images a process; share; clip of the signal-to-noise ratio
+BATCH, CAPTION_DROPOUT, GAMMA = 48, 0.1, 5.0  # images a process; share; clip of the signal-to-noise ratio
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -39,7 +39,7 @@ def build() -> UNet2DConditionModel:
         sample_size=16,
         in_channels=8,
         out_channels=8,
-        block_out_channels=(64, 128, 144),
+        block_out_channels=(80, 128, 144),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -52,7 +52,7 @@ def build() -> UNet2DConditionModel:
 def _train(rank: int, world: int, folder: Path, text_folder: Path, steps: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if world > 1:
-        dist.init_process_group("gloo", f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
+        dist.init_process_group("gloo", f"file://{(folder / 'rendezvous').resolve()}", rank=rank, world_size=world)
     torch.manual_seed(0)
     unet = build()
     unet.set_attn_processor(AttnProcessor())  # the fused attention's backward pass is slow on a CPU
@@ -82,7 +82,7 @@ def _train(rank: int, world: int, folder: Path, text_folder: Path, steps: int) -
         weight = 2 * snr.clamp(max=GAMMA) / (snr + 1)
         return (weight * error).mean(), {"v-mse": error.mean().item()}
 
-    fit("unet", unet, loss_of, steps=steps, folder=folder, decay=0.5, optimizer=muon(unet, 1e-3, 0.01))
+    fit("unet", unet, loss_of, steps=steps, folder=folder, decay=0.5, optimizer=muon(unet, 2.5e-3, 0.01))
     if rank == 0:
         unet.save_pretrained(folder / "unet")
     if world > 1:
