@@ -39,7 +39,7 @@ from finetuning.dataset import Batches, ImageStream, Transform, find_examples, o
 from finetuning.model_card import model_card
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
 from finetuning.picture import grid, save_picture
-from finetuning.randomness import integers, normal
+from finetuning.randomness import integers, normal, seed_modules
 from finetuning.run import DTYPES
 from finetuning.sampling import evaluating
 from finetuning.settings import SCHEDULES_WITHOUT_END, DreamBoothConfig
@@ -185,6 +185,7 @@ class DreamBooth:
         self.teacher = None
         if prior.uses_teacher:
             self.teacher = Teacher(self.base, prior.class_prompt, is_changed=config.adapter.kind == "full")
+        seed_modules(self.seed, "initial weights")
         self.adapters = build_adapters(self.base, config.adapter, config.model.gradient_checkpointing)
         self.total_batch = self.B * self.run.accumulation * self.run.processes
         self.last_step = config.optimization.steps(len(self.photos.examples), self.total_batch)

@@ -68,7 +68,7 @@ class Run:
         self.trackers: list[TensorBoard | WandB] = []
         self._bar: tqdm | None = None
         logging.basicConfig(level=logging.INFO if self.is_main else logging.ERROR, format="%(message)s")
-        for name in ("httpx", "accelerate", "diffusers", "transformers", "PIL", "matplotlib"):
+        for name in ("httpx", "accelerate", "PIL", "matplotlib"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     # The folder and the trackers

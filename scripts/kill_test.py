@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Kill a training at random moments, resume it, and compare its end with that of a run left alone, bit for bit.
+
+    python scripts/kill_test.py --kills=100 -- --pretrained_model_name_or_path=… --instance_data_dir=… …
+
+What follows `--` are flags of train_dreambooth.py, without --output_dir and --resume_from_checkpoint. SIGKILL strikes
+anywhere, also in the middle of a save (use --checkpointing_steps=1 to make saves frequent). Linux and macOS only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from finetuning.config import InputError, run_command  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="processes to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    options, training = parser.parse_args(argv[:at]), argv[at + 1 :]
+    if not training:
+        raise InputError("flags of train_dreambooth.py are needed after --")
+    with tempfile.TemporaryDirectory() as folder:
+        return kill_test(training, options.kills, random.Random(options.seed), Path(folder))
+
+
+def kill_test(training: Sequence[str], kills: int, moments: random.Random, folder: Path) -> int:
+    """Returns 0 if every run that was killed and resumed ended like the one left alone."""
+    alone = folder / "alone"
+    started = time.monotonic()
+    if code := os.waitstatus_to_exitcode(os.waitpid(start(training, alone), 0)[1]):
+        raise InputError(f"the run left alone ended with exit code {code}; try its flags with train_dreambooth.py")
+    duration = time.monotonic() - started
+    expected = tensors(alone)
+    killed = ended = wrong = 0
+    while killed < kills:
+        output = folder / "killed"
+        shutil.rmtree(output, ignore_errors=True)
+        survived = False
+        while not survived:
+            child = start(training, output, log=folder / "log")
+            if killed < kills:
+                time.sleep(moments.uniform(0, duration))
+                os.kill(child, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            killed += code == -signal.SIGKILL
+            survived = code == 0
+            if code not in (0, -signal.SIGKILL):
+                print((folder / "log").read_text(), file=sys.stderr)
+                print(f"resuming after {killed} kills ended with exit code {code}", file=sys.stderr)
+                return 1
+        found = tensors(output)
+        same = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        ended, wrong = ended + 1, wrong + (not same)
+        print(f"{killed} kills, {ended} runs to their end, {wrong} with other bits", flush=True)
+    return 1 if wrong else 0
+
+
+def start(training: Sequence[str], output: Path, log: Path | None = None) -> int:
+    """A child process that trains; a fork, so that libraries are loaded once."""
+    import train_dreambooth
+
+    child = os.fork()
+    if child:
+        return child
+    if log is not None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+    code = run_command(train_dreambooth.main, [*training, f"--output_dir={output}", "--resume_from_checkpoint=latest"])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def tensors(output: Path) -> dict[str, torch.Tensor]:
+    """What a run has trained, and its last optimizer state."""
+    found = {}
+    for path in sorted(output.glob("unet/*.safetensors")) + sorted(output.glob("text_encoder/*.safetensors")):
+        found |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}
+    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last is not None:
+        state = torch.load(last / "training_state.pt", weights_only=True)["optimizer"]["state"]
+        found |= {f"optimizer/{i}/{name}": value for i, entry in state.items() for name, value in entry.items()}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
