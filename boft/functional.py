@@ -99,28 +99,25 @@ class _RotatedLinear(torch.autograd.Function):
         dx = dblocks = ds = dbias = None
 
         needs_x, needs_blocks, _, needs_s, needs_bias, _ = ctx.needs_input_grad
-        if needs_s or (needs_bias and bias is not None):
+        if bias is not None and (needs_s or needs_bias):
             dbias = g.sum(0, dtype=s.dtype)
         if needs_s:
             ds = (g * u.reshape(-1, o)).sum(0, dtype=s.dtype)
             ds = ds if bias is None else ds - bias * dbias
-        dbias = dbias.to(bias.dtype) if needs_bias and bias is not None else None
-
         if needs_x or needs_blocks:
-            g = (g * s).to(W.dtype)
             columns = x.reshape(-1, n, K).permute(1, 2, 0)  # (n, K, T), a view
             if ctx.weight_side:
-                dx = g @ rotate_weight(W, blocks)  # (T, d)
+                dx = g @ rotate_weight(W, blocks).mul_(s[:, None])  # (T, d)
                 if needs_blocks:
                     dblocks = torch.bmm(columns, dx.view(-1, n, K).transpose(0, 1)) @ blocks
                 dx = dx.view(x.shape)
             else:
-                dz = torch.mm(W.t(), g.t()).view(n, K, -1)  # (n, K, T)
+                dz = ((g * s).to(W.dtype) @ W).view(-1, n, K)  # (T, n, K); row-major, as BLAS likes it
                 if needs_blocks:
-                    dblocks = torch.bmm(columns, dz.mT)
+                    dblocks = torch.bmm(columns, dz.transpose(0, 1))
                 if needs_x:
-                    dx = torch.bmm(blocks, dz).view(d, -1).t().reshape(x.shape)
-        return dx if needs_x else None, dblocks, None, ds, dbias, None
+                    dx = torch.bmm(blocks, dz.permute(1, 2, 0)).view(d, -1).t().reshape(x.shape)
+        return dx if needs_x else None, dblocks, None, ds, dbias.to(bias.dtype) if needs_bias else None, None
 
 
 class _RotatedWeight(torch.autograd.Function):

@@ -1,0 +1,418 @@
+"""Measures what the parts of this repository cost.
+
+python scripts/benchmark.py adapter                 # BOFT and its neighbours on the UNet of Stable Diffusion 1.5
+python scripts/benchmark.py adapter --dtype bf16 --resolution 64 --rounds 9
+python scripts/benchmark.py adapter --convolutions --measure step
+python scripts/benchmark.py adapter --json adapter.json --plot adapter.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURES = ("step", "inference", "wrap", "memory", "rotation")
+REFERENCE = "LoRA r=16 (peft)"
+NO_SIZE = {"boft_block_size": 0}  # peft's default is 4; either size or number of blocks is given
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+# Candidates: each takes a UNet and target names, and returns the model to run
+
+
+def frozen(unet: nn.Module, targets: list[str]) -> nn.Module:
+    return unet
+
+
+def lora(unet: nn.Module, targets: list[str]) -> nn.Module:
+    from peft import LoraConfig, LoraModel
+
+    return LoraModel(unet, LoraConfig(r=16, target_modules=targets), "default")
+
+
+def oft(unet: nn.Module, targets: list[str]) -> nn.Module:
+    from peft import OFTConfig, OFTModel
+
+    return OFTModel(
+        unet, OFTConfig(r=0, oft_block_size=32, use_cayley_neumann=True, target_modules=targets), "default"
+    )
+
+
+def stock_boft(m: int, **size) -> Callable:
+    """peft's own BOFT. Without a CUDA compiler it silently trains m = 1, so that for m > 1 its missing kernel, a
+    batched block_diag, is replaced by the plain operation that it stands for."""
+
+    def wrap(unet: nn.Module, targets: list[str]) -> nn.Module:
+        import peft.tuners.boft.layer as stock
+
+        config = stock.BOFTConfig(**(NO_SIZE | size), boft_n_butterfly_factor=m, target_modules=targets)
+        if m > 1:
+            stock.get_fbd_cuda = lambda: True
+            stock.FastBlockDiag.apply = staticmethod(
+                lambda Q: torch.stack([torch.block_diag(*factor) for factor in Q])
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its failed attempts to compile
+            from peft.tuners.boft import BOFTModel
+
+            return BOFTModel(unet, config, "default")
+
+    return wrap
+
+
+def lycoris_boft(unet: nn.Module, targets: list[str]) -> nn.Module:
+    """LyCORIS rotates the outputs, always at full depth; pairs of 5 are what the widths of this UNet allow."""
+    from lycoris.modules.boft import ButterflyOFTModule
+
+    modules = [(name, module) for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    adapters = nn.ModuleList()
+    for name, module in modules:
+        if any(name.endswith(f".{target}") for target in targets):
+            adapter = ButterflyOFTModule(name.replace(".", "_"), module, lora_dim=10, rescaled=True)
+            adapter.apply_to()
+            adapters.append(adapter)
+    unet.lycoris = adapters
+    return unet
+
+
+def ours(m: int, train_scale: bool = True, **size) -> Callable:
+    def wrap(unet: nn.Module, targets: list[str]) -> nn.Module:
+        from boft import BOFTConfig, BOFTModel
+
+        config = BOFTConfig(
+            **NO_SIZE | size,
+            boft_n_butterfly_factor=m,
+            boft_train_scale=train_scale,
+            target_modules=targets,
+        )
+        return BOFTModel(unet, config, "default")
+
+    return wrap
+
+
+CANDIDATES: dict[str, Callable] = {
+    "frozen UNet": frozen,
+    REFERENCE: lora,
+    "OFT v2 b=32 (peft)": oft,
+    "BOFT b=8 m=1 (peft)": stock_boft(1, boft_block_size=8),
+    "BOFT b=8 m=2 (peft, emulated)": stock_boft(2, boft_block_size=8),
+    "BOFT b=5 full (LyCORIS)": lycoris_boft,
+    "ours b=8 m=1": ours(1, boft_block_size=8),
+    "ours b=8 m=2": ours(2, boft_block_size=8),
+    "ours b=8 m=4": ours(4, boft_block_size=8),
+    "ours D=8 m=1": ours(1, boft_block_num=8),
+    "ours b=8 m=2, s frozen": ours(2, False, boft_block_size=8),
+}
+# peft's BOFT on a 3 × 3 convolution needs a dense rotation of 11520 features, 530 MB a layer; LyCORIS is another map
+WITHOUT_CONVOLUTIONS = ("BOFT b=8 m=1 (peft)", "BOFT b=8 m=2 (peft, emulated)", "BOFT b=5 full (LyCORIS)")
+
+
+# The model
+
+
+def stable_diffusion_unet(dtype: torch.dtype) -> nn.Module:
+    """The UNet of Stable Diffusion 1.5 with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet = unet.to(dtype).to_empty(device="cpu")
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                fan_in = parameter[0].numel()
+                repeated = noise.repeat(-(-parameter.numel() // noise.numel()))[: parameter.numel()]
+                parameter.copy_(repeated.view(parameter.shape) / fan_in**0.5)
+    return unet.requires_grad_(False).eval()
+
+
+def wrapped(unet: nn.Module, candidate: str, targets: list[str]) -> nn.Module:
+    """A copy of the UNet with the candidate's adapter; the copies share the base weights."""
+    shared = {id(tensor): tensor for tensor in unet.parameters()}
+    twin = copy.deepcopy(unet, shared)
+    model = CANDIDATES[candidate](twin, targets)
+    if candidate != "frozen UNet":  # a fresh adapter is the identity, which some might profit from
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def inputs(batch: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents, time step and prompt embedding."""
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(batch, 4, resolution, resolution, generator=generator).to(dtype)
+    prompt = torch.randn(batch, 77, 768, generator=generator).to(dtype)
+    return latents, torch.tensor(500), prompt
+
+
+# Measurements
+
+
+def train_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_counter) -> float:
+    """Seconds of one forward and backward pass."""
+    latents, timestep, prompt = arguments
+    parameters = trainable(model)
+    latents = latents.detach().requires_grad_(not parameters)
+    start = clock()
+    model(latents, timestep, prompt).sample.square().mean().backward()
+    seconds = clock() - start
+    for parameter in parameters:
+        parameter.grad = None
+    return seconds
+
+
+@torch.no_grad()
+def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_counter) -> float:
+    """Seconds of one forward pass with the adapter unmerged."""
+    start = clock()
+    model(*arguments)
+    return clock() - start
+
+
+def interleaved(models: dict[str, nn.Module], step: Callable, rounds: int) -> dict[str, list[float]]:
+    """Times all models in turn, round after round, after one round that does not count. The order is turned by one
+    every round, so that no model always follows the same one."""
+    names, seconds = list(models), {name: [] for name in models}
+    for round_ in range(rounds + 1):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            taken = step(models[name])
+            if round_ > 0:
+                seconds[name].append(taken)
+        print(f"  round {round_} of {rounds}", file=sys.stderr)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, float]:
+    """Median over the rounds of the ratio to the reference within the round."""
+    return {
+        name: statistics.median(own / other for own, other in zip(values, seconds[reference]))
+        for name, values in seconds.items()
+    }
+
+
+def measure_steps(args, candidates: list[str], step: Callable, reference: str) -> dict:
+    unet = stable_diffusion_unet(DTYPES[args.dtype])
+    models = {name: wrapped(unet, name, args.targets) for name in candidates}
+    arguments = inputs(args.batch, args.resolution, DTYPES[args.dtype])
+    seconds = interleaved(models, lambda model: step(model, arguments, CLOCKS[args.clock]), args.rounds)
+    to_base, to_reference = ratios(seconds, "frozen UNet"), ratios(seconds, reference)
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "to base": to_base[name],
+            "to LoRA": to_reference[name],
+            "trainable": sum(parameter.numel() for parameter in trainable(models[name])),
+        }
+        for name in candidates
+    }
+
+
+def measure_wrapping(args, candidates: list[str]) -> dict:
+    unet = stable_diffusion_unet(DTYPES[args.dtype])
+    results = {}
+    for name in candidates:
+        twins = [copy.deepcopy(unet, {id(tensor): tensor for tensor in unet.parameters()}) for _ in range(3)]
+        seconds = []
+        for twin in twins:
+            start = time.perf_counter()
+            CANDIDATES[name](twin, args.targets)
+            seconds.append(time.perf_counter() - start)
+        results[name] = {"wrap": statistics.median(seconds)}
+    return results
+
+
+def measure_memory(args, candidates: list[str]) -> dict:
+    """Peak resident memory of two training steps, each candidate in a process of its own."""
+    results = {}
+    for name in candidates:
+        command = [sys.executable, __file__, "adapter", "--peak", name, "--batch", str(args.batch)]
+        command += ["--resolution", str(args.resolution), "--dtype", args.dtype, "--threads", str(args.threads)]
+        command += ["--convolutions"] if args.convolutions else []
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        results[name] = {"peak GiB": float(done.stdout)}
+        print(f"  memory: {name} {done.stdout.strip()} GiB", file=sys.stderr)
+    return results
+
+
+def print_peak(args) -> None:
+    import resource
+
+    model = wrapped(stable_diffusion_unet(DTYPES[args.dtype]), args.peak, args.targets)
+    for _ in range(2):
+        train_step(model, inputs(args.batch, args.resolution, DTYPES[args.dtype]))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def measure_rotation(rounds: int) -> list[dict]:
+    """Milliseconds of the part that does not see the batch: Cayley transform and composition, forward and backward."""
+    from boft.rotation import cayley, compose, skew
+    from boft.shape import fits
+
+    rows = []
+    for d in (320, 640, 1280, 2560, 5120):
+        for b in (4, 8, 16, 32):
+            for m in range(1, 7):
+                if not fits(d, b, m):
+                    continue
+                R = torch.zeros(m, d // b, b, b).normal_(0, 0.1).requires_grad_()
+                seconds = []
+                for _ in range(rounds + 1):
+                    start = time.perf_counter()
+                    compose(cayley(skew(R))).sum().backward()
+                    seconds.append(time.perf_counter() - start)
+                rows.append({"d": d, "b": b, "m": m, "milliseconds": 1000 * statistics.median(seconds[1:])})
+    return rows
+
+
+# Output
+
+
+def machine(args) -> str:
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {args.threads} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print("| candidate | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        cells = ["–" if column not in row else _cell(column, row[column]) for column in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _cell(column: str, value: float) -> str:
+    return f"{value:,}" if column == "trainable" else f"{value:.3f}"
+
+
+def print_rotation_table(rows: list[dict]) -> None:
+    depths = sorted({row["m"] for row in rows})
+    print("| d | b | " + " | ".join(f"m={m}" for m in depths) + " |")
+    print("|---" * (len(depths) + 2) + "|")
+    for d, b in dict.fromkeys((row["d"], row["b"]) for row in rows):
+        times = {row["m"]: row["milliseconds"] for row in rows if (row["d"], row["b"]) == (d, b)}
+        print(f"| {d} | {b} | " + " | ".join(f"{times[m]:.2f}" if m in times else "–" for m in depths) + " |")
+
+
+def plot(results: dict[str, dict[str, float]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {name: row["to LoRA"] for name, row in results.items() if "to LoRA" in row}
+    figure, axes = plt.subplots(figsize=(7, 0.35 * len(shown) + 1), layout="constrained")
+    colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
+    bars = axes.barh(list(shown), list(shown.values()), color=colors)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("training step, relative to LoRA r=16")
+    figure.savefig(path, dpi=150)
+
+
+def adapter(args) -> None:
+    torch.set_num_threads(args.threads)
+    args.targets = RESNET_CONVOLUTIONS if args.convolutions else ATTENTION
+    if args.peak:
+        print_peak(args)
+        return
+    candidates = [name for name in CANDIDATES if not (args.convolutions and name in WITHOUT_CONVOLUTIONS)]
+    if args.candidates:
+        candidates = [name for name in candidates if any(part in name for part in args.candidates)]
+        candidates = list(dict.fromkeys(["frozen UNet", REFERENCE, *candidates]))
+
+    results: dict[str, dict] = {name: {} for name in candidates}
+    tables = {
+        "step": lambda: measure_steps(args, candidates, train_step, REFERENCE),
+        "inference": lambda: {
+            name: {"inference to base": row["to base"]}
+            for name, row in measure_steps(args, candidates, inference_step, REFERENCE).items()
+        },
+        "wrap": lambda: measure_wrapping(args, candidates[1:]),
+        "memory": lambda: measure_memory(args, candidates),
+    }
+    for measure, table in tables.items():
+        if measure in args.measure:
+            for name, row in table().items():
+                results[name] |= row
+
+    print(
+        f"{machine(args)}; SD 1.5 UNet, random weights, {args.dtype}, batch {args.batch}, latents {args.resolution}²"
+    )
+    print(f"targets: {', '.join(args.targets)}; medians over {args.rounds} interleaved rounds; seconds, GiB\n")
+    rotation = []
+    if any(results.values()):
+        print_table(results)
+    if "rotation" in args.measure:
+        rotation = measure_rotation(args.rounds)
+        print(
+            "\nCayley transform and composition of one layer, forward and backward, in milliseconds, for any batch:\n"
+        )
+        print_rotation_table(rotation)
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "run"}
+        content = {"machine": machine(args), "settings": settings, "results": results, "rotation": rotation}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("adapter", help="step time, memory, wrapping and inference of adapters on a UNet")
+    command.set_defaults(run=adapter)
+    command.add_argument("--batch", type=int, default=1, help="images per step")
+    command.add_argument("--resolution", type=int, default=32, help="edge of the latents; 64 is 512 pixels")
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and activations")
+    command.add_argument("--rounds", type=int, default=5, help="interleaved rounds, after one that does not count")
+    command.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    command.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a machine that others use too"
+    )
+    command.add_argument("--measure", nargs="+", choices=MEASURES, default=MEASURES, help="what to measure")
+    command.add_argument("--candidates", nargs="+", help="only candidates whose names contain one of these")
+    command.add_argument("--convolutions", action="store_true", help="adapt the 3 × 3 convolutions instead")
+    command.add_argument("--json", help="also write the figures to this file")
+    command.add_argument("--plot", help="also draw the step times to this file")
+    command.add_argument("--peak", choices=CANDIDATES, help=argparse.SUPPRESS)  # one candidate's process
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
