@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
@@ -30,7 +31,9 @@ def load_run_config(run: Path) -> dict:
 
 def load_base(name: str) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline without a safety checker, ready to draw."""
-    pipeline = StableDiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        name, safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     choose_attention(pipeline.unet, pipeline.device, False)
     return pipeline

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
@@ -19,6 +20,18 @@ from .render import contact_sheet, render
 from .scene import CATEGORIES, COLOURS, CONTEXTS, PATTERNS
 
 STEPS, GUIDANCE = 25, 3.0
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """A pipeline in float32, with the attention that is fastest on a CPU."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipeline.unet.set_attn_processor(AttnProcessor())
+    return pipeline
+
+
+def load_clip(folder: Path) -> CLIPModel:
+    """The small CLIP in float32."""
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -89,8 +102,8 @@ def prompt_grid(count: int = 480) -> tuple[list[str], np.ndarray]:
 
 def measure(folder: Path, count: int = 480, renders_count: int = 2000) -> dict:
     """Measure what lies in `folder`; also writes base_samples.png there: the first 100 pictures, in order."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "base", safety_checker=None)
-    words, model = CLIPTokenizer.from_pretrained(folder / "clip"), CLIPModel.from_pretrained(folder / "clip")
+    pipeline = load_pipeline(folder / "base")
+    words, model = CLIPTokenizer.from_pretrained(folder / "clip"), load_clip(folder / "clip")
     reader = AttributeJudge.from_pretrained(folder / "judge" / "attributes").eval()
     identifier = InstanceJudge.from_pretrained(folder / "judge" / "instances").eval()
     images, truth = held_out("heldout", renders_count), renders.attributes("heldout", renders_count)

@@ -26,7 +26,7 @@ from . import clip, judge, renders, subjects, tokenizer, unet, vae
 from .measure import measure
 
 STAGES = ("renders", "tokenizer", "vae", "clip", "judge", "latents", "unet", "export", "measure")
-STEPS = {"vae": 3_300, "clip": 1_300, "judge_attributes": 1_000, "judge_instances": 1_500, "unet": 2_300}
+STEPS = {"vae": 3_300, "clip": 1_300, "judge_attributes": 1_000, "judge_instances": 1_500, "unet": 2_000}
 
 
 def render_sets(work: Path, workers: int) -> None:

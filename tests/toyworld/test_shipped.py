@@ -5,14 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from toyworld import clip, renders, subjects, vae
 from toyworld.judge import AttributeJudge, InstanceJudge
-from toyworld.measure import accuracy, blurred, generate, held_out, nearest_is_same, prompt_grid
+from toyworld.measure import (
+    accuracy,
+    blurred,
+    generate,
+    held_out,
+    load_clip,
+    load_pipeline,
+    nearest_is_same,
+    prompt_grid,
+)
 from toyworld.scores import Judges
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld"
@@ -26,9 +33,7 @@ def renders_and_truth():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED / "base", safety_checker=None)
-    pipeline.unet.set_attn_processor(AttnProcessor())
-    return pipeline
+    return load_pipeline(SHIPPED / "base")
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,13 @@ def test_the_autoencoder_keeps_renders_and_subjects(pipeline, renders_and_truth)
 
 
 def test_clip_names_what_it_sees(renders_and_truth):
-    words, model = CLIPTokenizer.from_pretrained(SHIPPED / "clip"), CLIPModel.from_pretrained(SHIPPED / "clip")
+    words, model = CLIPTokenizer.from_pretrained(SHIPPED / "clip"), load_clip(SHIPPED / "clip")
     scores = clip.zero_shot(model, words, *renders_and_truth)
     assert min(scores.values()) >= 0.92, scores  # .95 and more on 2000; a sample of 400 may miss by 3 %
 
 
 def test_the_text_encoder_is_clips(pipeline):
-    model = CLIPModel.from_pretrained(SHIPPED / "clip")
+    model = load_clip(SHIPPED / "clip")
     theirs, ours = model.text_model.state_dict(), pipeline.text_encoder.state_dict()
     ours = {key.removeprefix("text_model."): value for key, value in ours.items()}
     assert all((ours[key] == value).all() for key, value in theirs.items() if "position_ids" not in key)
