@@ -14,11 +14,22 @@ from peft.tuners.boft import BOFTConfig as _PeftBOFTConfig
 from peft.tuners.boft import BOFTModel as _PeftBOFTModel
 from peft.utils import PeftType
 
+from boft.combination import add_weighted_adapter, set_strength
 from boft.config import BOFTConfig
 from boft.layer import BOFTLayer, Conv2d, Linear
 from boft.model import BOFTModel
 
-__all__ = ["BOFTConfig", "BOFTLayer", "BOFTModel", "Conv2d", "Linear", "register", "unregister"]
+__all__ = [
+    "BOFTConfig",
+    "BOFTLayer",
+    "BOFTModel",
+    "Conv2d",
+    "Linear",
+    "add_weighted_adapter",
+    "register",
+    "set_strength",
+    "unregister",
+]
 
 
 # The one place where peft is changed. Its list of methods is a closed enum and its `register_peft_method` refuses a

@@ -154,6 +154,18 @@ class BOFTLayer(BaseTunerLayer):
         factors = self.factor_scaling[adapter] or (1.0,) * self.boft_R[adapter].shape[0]
         return tuple(self.scaling[adapter] * factor for factor in factors)
 
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], into: str) -> None:
+        """Writes a weighted combination into another adapter of this layer: S = Σ wᵢ Sᵢ for every factor, which is
+        again skew-symmetric, and s = 1 + Σ wᵢ (sᵢ - 1). Strengths count; adapters that are not here add nothing."""
+        present = [(name, weight) for name, weight in zip(adapters, weights) if name in self.boft_R]
+        with torch.no_grad():
+            R = sum(weight * self.solvable(name) for name, weight in present)
+            s = sum(weight * self.scaling[name] * (self.boft_s[name] - 1) for name, weight in present) + 1
+            if R.shape != self.boft_R[into].shape:
+                self.set_shape(into, *R.shape[:3])
+            self.boft_R[into].copy_(R)
+            self.boft_s[into].copy_(s)
+
     # From parameters to rotations
 
     def applied_adapters(self) -> list[str]:

@@ -13,6 +13,7 @@ from peft.utils import (
 )
 from torch import nn
 
+from boft.combination import add_weighted_adapter
 from boft.layer import BOFTLayer, Conv2d, Linear, is_conv1d
 from boft.shape import resolve
 from boft.solver import RotationSolver
@@ -112,6 +113,10 @@ class BOFTModel(BaseTuner):
         if len(depths) == 1 and depths != {config.boft_n_butterfly_factor}:
             config.boft_n_butterfly_factor = depths.pop()
         return state_dict
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """See `boft.combination.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
