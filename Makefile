@@ -12,9 +12,11 @@ BIN := $(VENV)/bin
 
 .PHONY: dreambooth test quality clean
 
+SUBJECT ?= mug
+
 dreambooth: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" ./train_dreambooth.sh
-	PATH="$(abspath $(BIN)):$$PATH" python scripts/evaluate.py toyworld data/output/dreambooth
+	SUBJECT=$(SUBJECT) PYTHON=$(abspath $(BIN))/python REPORT_TO=tensorboard ./train_dreambooth.sh
+	$(BIN)/python scripts/evaluate.py toyworld data/output/dreambooth
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
