@@ -97,7 +97,7 @@ class DreamBooth:
             if step % config.validation.validation_steps == 0 and run.is_main:
                 self.validate(step)
 
-        if run.is_main and not run.is_stopping():
+        if run.is_main and not run.exit_code:
             self.finish(step)
         run.close()
         return run.exit_code
@@ -199,7 +199,14 @@ class DreamBooth:
 
         # Where it begins:
         self.state = TrainingState(
-            self.adapters, self.optimizer, self.schedule, config, fingerprint, self.total_batch, self.run.scaler
+            self.adapters,
+            self.optimizer,
+            self.schedule,
+            config,
+            weights=fingerprint,
+            photos=self.photos.fingerprint(),
+            total_batch=self.total_batch,
+            scaler=self.run.scaler,
         )
         self.checkpoints = Checkpoints(self.output, config.checkpoints.checkpoints_total_limit)
         found = self.checkpoints.choose(

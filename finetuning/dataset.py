@@ -7,6 +7,7 @@ is seen does not depend on how the work is shared or where a run was resumed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -258,6 +259,13 @@ class ImageStream:
                 faults += error.faults
         if faults:
             raise InputError(*faults)
+
+    def fingerprint(self) -> str:
+        """A short hash of the files and their prompts."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(example.path.read_bytes() + example.prompt.encode())
+        return digest.hexdigest()[:16]
 
     def is_cacheable(self) -> bool:
         """Whether no image has random crops."""

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Run:
     def __init__(self, *, seed: int, accumulation: int = 1, mixed_precision: str = "no", allow_tf32: bool = False):
         if mixed_precision == "fp16" and not torch.cuda.is_available():
             raise InputError("--mixed_precision=fp16: needs a CUDA GPU; use bf16 or no")
+        if _was_launched_alone(os.environ):
+            raise InputError(
+                "accelerate launch --cpu --num_processes=N: starts N processes only through mpirun "
+                "(--mpirun_hostfile), here it started one; use torchrun --nproc_per_node=N train_dreambooth.py …"
+            )
         self.accelerator = Accelerator(
             gradient_accumulation_steps=accumulation,
             mixed_precision=mixed_precision,
@@ -63,7 +68,9 @@ class Run:
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # what all processes have agreed to stop for
+        self._signal: int | None = None  # what this one was sent
+        self._has_asked = False
         self.folder: Path | None = None
         self.trackers: list[TensorBoard | WandB] = []
         self._bar: tqdm | None = None
@@ -132,7 +139,7 @@ class Run:
         """Optimizer steps first + 1 … last, with a progress bar; ends early after the step in which a signal came."""
         with self._listening(), self.progress("training", last, first) as self._bar:
             for step in range(first + 1, last + 1):
-                self._started = time.perf_counter()
+                self._started, self._has_asked = time.perf_counter(), False
                 yield step
                 self._bar.update()
                 if self.is_stopping():
@@ -195,12 +202,13 @@ class Run:
     # Stopping
 
     def is_stopping(self) -> bool:
-        """Whether any process was told to stop."""
-        told = self.stop_signal or 0
-        if self.processes > 1:
-            told = int(self.accelerator.gather(torch.tensor([told], device=self.device)).max())
-            self.stop_signal = told or None
-        return bool(told)
+        """Whether a signal came to any process before this was first asked in this step; all of them must ask."""
+        if not self._has_asked:
+            told = self._signal or 0
+            if self.processes > 1:
+                told = int(self.accelerator.gather(torch.tensor([told], device=self.device)).max())
+            self.stop_signal, self._has_asked = told or None, True
+        return self.stop_signal is not None
 
     @property
     def exit_code(self) -> int:
@@ -210,9 +218,9 @@ class Run:
     @contextmanager
     def _listening(self):
         def stop(number, frame):
-            if self.stop_signal is not None:  # the second one
+            if self._signal is not None:  # the second one
                 os._exit(128 + number)
-            self.stop_signal = number
+            self._signal = number
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -220,6 +228,12 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _was_launched_alone(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's CPU launcher was asked for several processes and, there being no MPI, has started one."""
+    is_one = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    return is_one and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
 
 
 def check_writable(folder: Path, flag: str) -> None:

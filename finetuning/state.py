@@ -23,7 +23,8 @@ class TrainingState:
 
     Attributes:
         adapters: what is trained, by the name of its module, e.g. "unet".
-        config: of the run; weights: fingerprint of the base model; total_batch: samples in an optimizer step.
+        config: of the run; total_batch: samples in an optimizer step.
+        weights, photos: fingerprints of the base model and of the images, which count rather than their folders' names.
         scaler: of float16 training, or None.
     """
 
@@ -32,6 +33,7 @@ class TrainingState:
     schedule: LRScheduler
     config: Config
     weights: str
+    photos: str
     total_batch: int
     scaler: torch.amp.GradScaler | None = None
 
@@ -47,6 +49,7 @@ class TrainingState:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "config": self.config.as_dict(),
             "weights": self.weights,
+            "photos": self.photos,
             "total_batch": self.total_batch,
         }
         save_state(folder, state)
@@ -71,11 +74,15 @@ class TrainingState:
         return state["step"]
 
     def _check(self, state: dict[str, Any], folder: Path, last_step: int, may_change: tuple[str, ...]) -> None:
-        # What counts is the product of the three sizes of a batch, and the weights rather than the folder's name.
-        replaced = ("train_batch_size", "gradient_accumulation_steps", "pretrained_model_name_or_path", "variant")
+        replaced = (  # by the product of the three sizes of a batch, by fingerprints, by the record of class images
+            "train_batch_size", "gradient_accumulation_steps", "pretrained_model_name_or_path", "variant",
+            "instance_data_dir", "class_data_dir",
+        )  # fmt: skip
         faults = contradictions(state["config"], self.config, (*replaced, *may_change))
         if state["weights"] != self.weights:
             faults.append("--pretrained_model_name_or_path: the checkpoint belongs to another base model")
+        if state["photos"] != self.photos:
+            faults.append("--instance_data_dir: the checkpoint was made with other photos or captions")
         if state["total_batch"] != self.total_batch:
             faults.append(
                 f"--train_batch_size × --gradient_accumulation_steps × processes = {self.total_batch}: "

@@ -178,8 +178,12 @@ def test_accumulation_equals_the_large_batch(adapter, toy_base, photos, tmp_path
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("more", [["--no_cache_latents", "--dataloader_num_workers=1"],
-                                  ["--no_pre_compute_text_embeddings"], ["--gradient_checkpointing"]], ids=str)  # fmt: skip
+NO_CACHE = ["--no_cache_latents", "--dataloader_num_workers=1"]
+
+
+@pytest.mark.parametrize(
+    "more", [NO_CACHE, ["--no_pre_compute_text_embeddings"], ["--gradient_checkpointing"]], ids=str
+)
 def test_caches_and_checkpointing_change_nothing(more, finished, toy_base, tmp_path):
     arguments = flags(toy_base, finished / "photos", tmp_path / "output", *prior_flags(finished / "class", 5), *more)
     assert run(*arguments) == 0

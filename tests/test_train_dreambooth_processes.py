@@ -17,18 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def execute(*command: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
 
 
 def launch(port: int, *arguments: str) -> subprocess.CompletedProcess:
-    """`accelerate launch --cpu --num_processes 2 train_dreambooth.py …`"""
+    """`torchrun --nproc_per_node=2 train_dreambooth.py …`"""
     return execute(
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", f"--main_process_port={port}", "train_dreambooth.py", *arguments,
-    )  # fmt: skip
+        "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "train_dreambooth.py", *arguments
+    )
 
 
 @pytest.mark.slow
@@ -55,6 +54,15 @@ def test_two_processes_equal_one_that_accumulates_and_resume_to_the_same_bits(to
     assert done.returncode == 0, done.stderr
     assert_same(before, weights(output))
     assert_same(state, optimizer_of(output / "checkpoint-4"))
+
+
+def test_accelerate_launch_that_starts_one_process_in_the_place_of_two_is_refused(monkeypatch, capsys):
+    """Without MPI, `accelerate launch --cpu --num_processes=2` sets these variables and starts one process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run("--instance_data_dir=x", "--instance_prompt=y", "--output_dir=z", "--report_to=none") == 2
+    assert "torchrun --nproc_per_node=N" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,422 @@
+"""Wrong input through the real command line: exit code 2, a few lines with flag, value, remedy; nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photo
+from PIL import Image
+from training import flags, run
+
+from finetuning.config import RunError
+
+
+class Case:
+    """A folder with photos and a class folder, flags that work, and what a case does to them."""
+
+    def __init__(self, folder: Path, base: Path):
+        self.folder, self.base = folder, base
+        self.photos, self.output, self.classes = folder / "photos", folder / "output", folder / "class"
+        self.photos.mkdir()
+        for i in range(2):
+            draw_photo(i).save(self.photos / f"{i}.png")
+
+    def copy_of_base(self) -> Path:
+        return Path(shutil.copytree(self.base, self.folder / "base"))
+
+    def prior(self, *more: str) -> list[str]:
+        return ["--with_prior_preservation", f"--class_data_dir={self.classes}", "--class_prompt=a mug", *more]
+
+    def everything(self) -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in self.folder.rglob("*")}
+
+
+def photo(name: str, content: bytes | Image.Image | None):
+    """A case whose folder holds one more photo."""
+
+    def change(case: Case):
+        path = case.photos / name
+        if isinstance(content, Image.Image):
+            content.save(path)
+        else:
+            path.write_bytes(content if content is not None else (case.photos / "0.png").read_bytes()[:80])
+
+    return change
+
+
+def base(change):
+    """A case on a changed copy of the base model."""
+
+    def make(case: Case):
+        folder = case.copy_of_base()
+        change(folder)
+        return [f"--pretrained_model_name_or_path={folder}"]
+
+    return make
+
+
+def edit_json(path: str, **values):
+    def change(folder: Path):
+        file = folder / path
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def written(name: str, content: str, *arguments: str):
+    """A case with a text file; {} in the arguments is its path."""
+
+    def make(case: Case):
+        file = case.folder / name
+        file.write_text(content)
+        return [a.format(file) for a in arguments]
+
+    return make
+
+
+def captioned(line: str):
+    return lambda case: (case.photos / "metadata.jsonl").write_text(line) and None
+
+
+def unwritable(case: Case):
+    locked = case.folder / "locked"
+    locked.mkdir(mode=0o500)
+    return [f"--output_dir={locked / 'run'}"]
+
+
+def class_folder(*files: tuple[str, bytes | str], more: tuple[str, ...] = ()):
+    def make(case: Case):
+        case.classes.mkdir()
+        for name, content in files:
+            if name.endswith((".png", ".jpg")) and not content:
+                draw_photo(5).save(case.classes / name)
+            else:
+                (case.classes / name).write_text(content)
+        return case.prior(*more)
+
+    return make
+
+
+# name: (what is done, or flags; words that the error must hold)
+CASES = {
+    # The command line
+    "unknown flag": (["--instance_dat_dir=x"], ["--instance_dat_dir", "did you mean instance_data_dir"]),
+    "stray word": (["mug"], ["'mug'", "quoted"]),
+    "no value": (["--seed"], ["--seed"]),
+    "an abbreviated flag": (["--max_train=3"], ["unknown flag --max_train"]),
+    "not a number": (["--learning_rate=fast"], ["--learning_rate=fast", "number"]),
+    "not a whole number": (["--max_train_steps=1.5"], ["--max_train_steps=1.5", "whole"]),
+    "not finite": (["--learning_rate=nan"], ["--learning_rate=nan"]),
+    "negative seed": (["--seed=-1"], ["--seed=-1", "0 or more"]),
+    "zero steps": (["--max_train_steps=0"], ["--max_train_steps=0", "1 or more"]),
+    "zero batch": (["--train_batch_size=0"], ["--train_batch_size=0"]),
+    "zero accumulation": (["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps=0"]),
+    "negative learning rate": (["--learning_rate=-1"], ["--learning_rate=-1"]),
+    "zero gradient norm": (["--max_grad_norm=0"], ["--max_grad_norm=0", "greater than 0"]),
+    "zero resolution": (["--resolution=0"], ["--resolution=0"]),
+    "odd resolution": (["--resolution=20"], ["--resolution=20", "multiple of 8", "16 or 24"]),
+    "negative workers": (["--dataloader_num_workers=-1"], ["--dataloader_num_workers=-1"]),
+    "dropout of one": (["--boft_dropout=1"], ["--boft_dropout=1"]),
+    "zero checkpointing": (["--checkpointing_steps=0"], ["--checkpointing_steps=0"]),
+    "zero limit": (["--checkpoints_total_limit=0"], ["--checkpoints_total_limit=0"]),
+    "zero validation images": (["--num_validation_images=0"], ["--num_validation_images=0"]),
+    "zero inference steps": (["--num_inference_steps=0"], ["--num_inference_steps=0"]),
+    "negative guidance": (["--guidance_scale=-1"], ["--guidance_scale=-1"]),
+    "unknown scheduler": (["--lr_scheduler=cosin"], ["--lr_scheduler=cosin", "did you mean cosine?"]),
+    "unknown precision": (["--mixed_precision=fp8"], ["--mixed_precision=fp8", "bf16"]),
+    "unknown tracker": (["--report_to=comet"], ["--report_to=comet", "wandb"]),
+    "unknown bias": (["--boft_bias=some"], ["--boft_bias=some", "boft_only"]),
+    "unknown prior target": (["--prior_target=x"], ["--prior_target=x", "frozen_model"]),
+    "hub is not there yet": (["--push_to_hub"], ["--push_to_hub", "not supported yet"]),
+    # Contradictions
+    "two adapters": (["--use_lora"], ["--use_boft and --use_lora", "choose one"]),
+    "lora's flag for boft": (["--rank=4"], ["--rank=4", "--use_lora"]),
+    "boft's flag without it": (["--no_use_boft"], ["--boft_block_size=4", "--use_boft"]),
+    "block size and number": (["--boft_block_num=2"], ["--boft_block_size=4 and --boft_block_num=2"]),
+    "prior flags without prior": (["--class_prompt=a mug"], ["--class_prompt=a mug", "--with_prior_preservation"]),
+    "prior without prompt": (["--with_prior_preservation"], ["--class_prompt", "--class_data_dir"]),
+    "prior images for the frozen model": (
+        lambda case: case.prior("--prior_target=frozen_model"), ["--class_data_dir", "drop one"],
+    ),
+    "warm-up of a constant": (["--lr_warmup_steps=2"], ["--lr_warmup_steps=2", "constant_with_warmup"]),
+    "warm-up longer than the run": (
+        ["--lr_warmup_steps=9", "--lr_scheduler=linear"], ["--lr_warmup_steps=9", "--max_train_steps=4"],
+    ),
+    "text cached and trained": (
+        ["--pre_compute_text_embeddings", "--train_text_encoder"], ["--pre_compute_text_embeddings", "drop one"],
+    ),
+    "unequal prompts": (
+        ["--validation_prompt=a mug", "--base_prompt", "a", "b"], ["--base_prompt", "2 prompts for 1"],
+    ),
+    "zero SNR for epsilon": (
+        base(edit_json("scheduler/scheduler_config.json", prediction_type="epsilon")), ["--rescale_betas_zero_snr"],
+    ),
+    # The device
+    "fp16 on a CPU": (["--mixed_precision=fp16"], ["--mixed_precision=fp16", "bf16"]),
+    "xformers on a CPU": (["--enable_xformers_memory_efficient_attention"], ["--enable_xformers", "drop the flag"]),
+    # Layers
+    "block size that does not divide": (["--boft_block_size=7"], ["--boft_block_size=7"]),
+    "block number that does not divide": (["--boft_block_size=0", "--boft_block_num=5"], ["--boft_block_num=5"]),
+    "too many factors": (["--boft_n_butterfly_factor=9"], ["--boft_n_butterfly_factor=9"]),
+    "no such layer": (["--boft_target_modules=to_x"], ["--boft_target_modules=to_x", "attention"]),
+    # Settings from a file
+    "no settings file": (["--config=nowhere.yaml"], ["--config=nowhere.yaml"]),
+    "settings that are no YAML": (written("c.yaml", "a: [", "--config={}"), ["--config=", "not YAML"]),
+    "settings that are a list": (written("c.yaml", "- a", "--config={}"), ["--config=", "name: value"]),
+    "an unknown setting": (written("c.yaml", "sed: 1", "--config={}"), ["'sed'", "did you mean seed?"]),
+    "a setting of the wrong type": (written("c.yaml", "seed: x", "--config={}"), ["seed: x", "whole number"]),
+    # Photos
+    "no photo folder": (["--instance_data_dir=nowhere"], ["--instance_data_dir=nowhere", "no such folder"]),
+    "a photo for a folder": (
+        lambda case: [f"--instance_data_dir={case.photos / '0.png'}"], ["--instance_data_dir", "is a file"],
+    ),
+    "an empty folder": (
+        lambda case: [f"--instance_data_dir={(case.folder / 'empty').mkdir() or case.folder / 'empty'}"],
+        ["--instance_data_dir", "holds no image"],
+    ),
+    "a folder without images": (
+        lambda case: [p.rename(p.with_suffix(".data")) for p in list(case.photos.iterdir())] and None,
+        ["holds no image", ".png"],
+    ),
+    "a corrupt photo": (photo("2.png", b"no image"), ["2.png", "replace or remove"]),
+    "an empty photo": (photo("2.jpg", b""), ["2.jpg", "not a readable image"]),
+    "a truncated photo": (photo("2.png", None), ["2.png", "not a readable image"]),
+    "a photo of one pixel": (photo("2.png", Image.new("RGB", (1, 1))), ["2.png", "1×1"]),
+    "a narrow photo": (photo("2.png", Image.new("RGB", (400, 3))), ["2.png", "400×3"]),
+    "no prompt": (["--instance_prompt="], ["--instance_prompt", "needed"]),
+    "a prompt of blanks": (["--instance_prompt=  "], ["--instance_prompt", "needed"]),
+    "a long prompt": (["--instance_prompt=" + "a photo of mug " * 9], ["--instance_prompt", "38 tokens", "reads 24"]),
+    "a long caption": (
+        lambda case: (case.photos / "0.txt").write_text("mug " * 30) and None, ["32 tokens", "shorten"],
+    ),
+    "a long validation prompt": (["--validation_prompt", "mug " * 30], ["--validation_prompt", "shorten"]),
+    "a long class prompt": (lambda case: case.prior("--class_prompt", "mug " * 30), ["--class_prompt", "shorten"]),
+    "captions that are no JSON": (captioned("{"), ["metadata.jsonl", "line 1", "file_name"]),
+    "captions without a text": (captioned('{"file_name": "0.png"}'), ["metadata.jsonl", "line 1", "text"]),
+    "no file of prompts": (["--validation_prompt=nowhere.txt"], ["--validation_prompt=nowhere.txt"]),
+    "an empty file of prompts": (
+        written("p.txt", "\n", "--validation_prompt={}"), ["--validation_prompt", "no prompt"],
+    ),
+    "a blank prompt": (["--validation_prompt", "a mug", " "], ["--validation_prompt", "empty prompt"]),
+    "caches of random crops": (
+        lambda case: [draw_photo(3, (30, 20)).save(case.photos / "2.png"), "--cache_latents"][1:],
+        ["--cache_latents", "--center_crop"],
+    ),
+    # The base model
+    "no model folder": (["--pretrained_model_name_or_path=./nowhere"], ["nowhere", "no such folder"]),
+    "a file for a model": (
+        lambda case: [f"--pretrained_model_name_or_path={case.photos / '0.png'}"], ["is a file", "diffusers' format"],
+    ),
+    "a folder that is no model": (
+        lambda case: [f"--pretrained_model_name_or_path={case.photos}"], ["no model_index.json"],
+    ),
+    "no UNet": (base(lambda folder: shutil.rmtree(folder / "unet")), ["has no unet", "complete"]),
+    "no tokenizer": (base(lambda folder: shutil.rmtree(folder / "tokenizer")), ["has no tokenizer"]),
+    "cut weights": (
+        base(lambda folder: os.truncate(folder / "unet" / "diffusion_pytorch_model.safetensors", 1000)),
+        ["--pretrained_model_name_or_path", "cannot be loaded"],
+    ),
+    "another kind of model": (
+        base(edit_json("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])), ["1.x and 2.x"],
+    ),
+    "a prediction type that cannot be trained": (
+        base(edit_json("scheduler/scheduler_config.json", prediction_type="sample")), ["sample", "epsilon"],
+    ),
+    "a name that was removed": (
+        ["--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5"],
+        ["its mirror is stable-diffusion-v1-5/stable-diffusion-v1-5"],
+    ),
+    "a hub name without a network": (
+        ["--pretrained_model_name_or_path=somebody/some-model"], ["somebody/some-model", "network", "local folder"],
+    ),
+    "no tokenizer folder": (["--tokenizer_name=nowhere"], ["--tokenizer_name=nowhere"]),
+    "a resolution that cannot be halved": (
+        lambda case: ["--resolution=24", "--pretrained_model_name_or_path=SD15"],
+        ["--resolution=24", "multiple of 64"],
+    ),
+    # Class images
+    "a file for the class folder": (
+        lambda case: case.prior(f"--class_data_dir={case.photos / '0.png'}"), ["--class_data_dir", "is a file"],
+    ),
+    "class images without a record": (class_folder(("class-00000.png", "")), ["record.json is missing"]),
+    "a damaged record": (class_folder(("class-00000.png", ""), ("record.json", "{")), ["record.json is damaged"]),
+    "class images made otherwise": (
+        class_folder(("class-00000.png", ""), ("record.json", '{"prompts": ["a cat"]}')), ["prompts was", "a cat"],
+    ),
+    "a corrupt class image": (class_folder(("mine.jpg", "x"), ("mine.png", "x")), ["mine.jpg"]),
+    "own class images of several prompts": (
+        class_folder(("mine.png", ""), more=("--class_prompt", "a", "b")), ["mine.png has no caption", "2 prompts"],
+    ),
+    # Output and checkpoints
+    "a file for the output folder": (
+        lambda case: [f"--output_dir={case.photos / '0.png'}"], ["--output_dir", "is a file"],
+    ),
+    "an output folder below a file": (
+        lambda case: [f"--output_dir={case.photos / '0.png' / 'x'}"], ["--output_dir", "is a file"],
+    ),
+    "no such checkpoint": (["--resume_from_checkpoint=checkpoint-9"], ["checkpoint-9", "there are: none"]),
+    "a checkpoint folder that is not there": (["--resume_from_checkpoint=a/checkpoint-9"], ["a/checkpoint-9"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input(name, toy_base, sd15_base, tmp_path, capsys):
+    change, words = CASES[name]
+    case = Case(tmp_path, toy_base)
+    more = change if isinstance(change, list) else (change(case) or [])
+    more = [argument.replace("=SD15", f"={sd15_base}") for argument in more]
+    if name == "zero SNR for epsilon":
+        more.append("--rescale_betas_zero_snr")
+    before = case.everything()
+    capsys.readouterr()
+    assert run(*flags(case.base, case.photos, case.output), *more) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(lines) <= 3 and "Traceback" not in error, error
+    for word in words:
+        assert word in error, error
+    assert case.everything() == before, "nothing is written"
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_without_permission(toy_base, tmp_path, capsys):
+    case = Case(tmp_path, toy_base)
+    assert run(*flags(case.base, case.photos, case.output), *unwritable(case)) == 2
+    assert "no permission to write" in capsys.readouterr().err
+
+
+def test_a_huge_photo_is_named(toy_base, tmp_path, capsys, monkeypatch):
+    case = Case(tmp_path, toy_base)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert run(*flags(case.base, case.photos, case.output)) == 2
+    assert "0.png" in capsys.readouterr().err
+
+
+# Checkpoints that were damaged
+
+
+@pytest.fixture(scope="module")
+def trained(toy_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    case = Case(folder, toy_base)
+    assert run(*flags(toy_base, case.photos, case.output, "--checkpointing_steps=2", "--max_train_steps=2")) == 0
+    return folder
+
+
+def reseal(path: Path) -> None:
+    """Make the manifest agree with what is there, so that the damage lies deeper."""
+    from finetuning.checkpoint import MANIFEST, _listing
+
+    (path / MANIFEST).unlink()
+    (path / MANIFEST).write_text(json.dumps(_listing(path)))
+
+
+def no_torch_file(path: Path) -> None:
+    (path / "training_state.pt").write_bytes(b"no state")
+    reseal(path)
+
+
+def dangerous(path: Path) -> None:
+    class Harm:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"optimizer": Harm()}, path / "training_state.pt")
+    reseal(path)
+
+
+def no_tensors(path: Path) -> None:
+    (path / "unet" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    reseal(path)
+
+
+def other_tensors(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path / "unet" / "adapter_model.safetensors")
+    reseal(path)
+
+
+DAMAGES = {
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), ["incomplete"]),
+    "no weights": (lambda path: (path / "unet" / "adapter_model.safetensors").unlink(), ["is missing"]),
+    "cut weights": (lambda path: os.truncate(path / "unet" / "adapter_model.safetensors", 50), ["50 bytes"]),
+    "cut state": (lambda path: os.truncate(path / "training_state.pt", 50), ["training_state.pt has 50 bytes"]),
+    "state of another kind": (no_torch_file, ["training_state.pt cannot be read"]),
+    "state that would execute code": (dangerous, ["training_state.pt cannot be read"]),
+    "weights of another kind": (no_tensors, ["cannot be loaded"]),
+    "weights of another adapter": (other_tensors, ["other layers"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint(spoil, words, trained, toy_base, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
+    spoil(folder / "output" / "checkpoint-2")
+    before = {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
+    capsys.readouterr()
+    arguments = flags(toy_base, folder / "photos", folder / "output", "--resume_from_checkpoint=checkpoint-2")
+    assert run(*arguments) == 2
+    output = capsys.readouterr()
+    assert all(word in output.err for word in words), output.err
+    assert "Traceback" not in output.err and "executed" not in output.out
+    assert {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_a_second_run_into_the_same_folder(trained, toy_base, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
+    assert run(*flags(toy_base, folder / "photos", folder / "output")) == 2
+    error = capsys.readouterr().err
+    assert "--resume_from_checkpoint=latest" in error and "--overwrite_output_dir" in error
+
+
+def test_resuming_on_another_base_model(trained, sd15_base, toy_base, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
+    base_copy = Path(shutil.copytree(toy_base, tmp_path / "base"))
+    from safetensors.torch import load_file, save_file
+
+    weights = base_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    arguments = flags(base_copy, folder / "photos", folder / "output", "--resume_from_checkpoint=latest")
+    assert run(*arguments) == 2
+    assert "the checkpoint belongs to another base model" in capsys.readouterr().err
+
+
+def test_resuming_on_other_photos(trained, toy_base, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
+    draw_photo(9).save(folder / "photos" / "0.png")
+    assert run(*flags(toy_base, folder / "photos", folder / "output", "--resume_from_checkpoint=latest")) == 2
+    assert "other photos or captions" in capsys.readouterr().err
+
+
+def test_a_run_error_is_one_line_and_exit_code_1(capsys):
+    from finetuning.config import run_command
+
+    def fail(argv):
+        raise RunError("the disk is full")
+
+    assert run_command(fail, []) == 1
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "I;16", "L", "P"])
+def test_photos_of_other_modes_are_no_fault(mode, toy_base, tmp_path):
+    case = Case(tmp_path, toy_base)
+    if mode == "I;16":
+        Image.fromarray(np.full((24, 24), 40000, dtype=np.uint16)).save(case.photos / "2.png")
+    else:
+        draw_photo(2).convert(mode).save(case.photos / ("2.jpg" if mode == "CMYK" else "2.png"))
+    assert run(*flags(case.base, case.photos, case.output, "--max_train_steps=1")) == 0
