@@ -135,8 +135,8 @@ class _RotatedWeight(torch.autograd.Function):
         n, K, _ = blocks.shape
         dblocks = ds = None
         if ctx.needs_input_grad[0]:
-            rows = (grad * s[:, None]).view(-1, n, K).permute(1, 2, 0)  # (n, K, o)
+            rows = (grad * s[:, None]).to(W.dtype).view(-1, n, K).permute(1, 2, 0)  # (n, K, o)
             dblocks = torch.bmm(rows, W.reshape(-1, n, K).transpose(0, 1))
         if ctx.needs_input_grad[2]:
-            ds = (grad * rotate_weight(W, blocks)).sum(1)
+            ds = (grad * rotate_weight(W, blocks)).sum(1, dtype=s.dtype)
         return dblocks, None, ds

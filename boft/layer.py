@@ -279,18 +279,26 @@ class BOFTLayer(BaseTunerLayer):
         self.merged_adapters = []
 
     def _keep(self):
-        """The base weight as it is: the tensor, or the parameter with its quantization state."""
-        base = self.get_base_layer()
-        return base.weight.data if self.quantization_backend is None else base.weight
-
-    def _restore(self, kept) -> None:
+        """The base weight as it is: the tensor, or the layer and all that it derives from its quantized weight."""
         base = self.get_base_layer()
         if self.quantization_backend is None:
-            base.weight.data = kept.to(base.weight.device, base.weight.dtype)
-        else:
-            base.weight = kept
-            if hasattr(base, "state"):  # bitsandbytes' 8 bit layers keep what they derived from the weight
-                base.state.reset_grads()
+            return base.weight.data
+        weight, state = getattr(base, "weight", None), getattr(base, "state", None)
+        attributes = {} if weight is None else dict(vars(weight))
+        return self.base_layer, weight, attributes, {} if state is None else dict(vars(state))
+
+    def _restore(self, kept) -> None:
+        if self.quantization_backend is None:
+            weight = self.get_base_layer().weight
+            weight.data = kept.to(weight.device, weight.dtype)
+            return
+        self.base_layer, weight, attributes, state = kept
+        if weight is not None:
+            vars(weight).update(attributes)
+            self.get_base_layer().weight = weight
+        if state:
+            vars(self.get_base_layer().state).clear()
+            vars(self.get_base_layer().state).update(state)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

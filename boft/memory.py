@@ -76,6 +76,7 @@ class RotatedWeight(Forgotten):
         self._made_of = None
         self._parameters: list[Tensor] = []
         self._base: Tensor | None = None  # an alias: while it lives, its memory cannot become another weight
+        self.verified = False  # found to be current at the start of the running forward pass of the model
 
     def keep(self, layer, adapters: Sequence[str], weight: Tensor) -> None:
         base = layer.get_base_layer().weight
@@ -87,6 +88,8 @@ class RotatedWeight(Forgotten):
         self._base = base.detach()
 
     def is_current(self, layer, adapters: Sequence[str]) -> bool:
+        if self.verified:
+            return True
         if self.weight is None or self._made_of != self._origin(layer, adapters):
             return False
         return all(

@@ -59,6 +59,7 @@ class RotationSolver:
         layers = self.layers(model)
         for layer in layers:
             layer.solved.forget()
+            layer.rotated_weight.verified = False
         groups = defaultdict(list)
         for layer in layers:
             for adapter in unsolved(layer):
@@ -79,7 +80,7 @@ class RotationSolver:
         if torch.compiler.is_compiling():
             return
         for layer in self.layers(model):
-            layer.solved.in_forward = False
+            layer.solved.in_forward = layer.rotated_weight.verified = False
 
 
 def unsolved(layer: BOFTLayer) -> list[str]:
@@ -88,5 +89,6 @@ def unsolved(layer: BOFTLayer) -> list[str]:
         return []
     adapters = layer.applied_adapters()
     if not layer.trains(adapters) and layer.rotated_weight.is_current(layer, adapters):
+        layer.rotated_weight.verified = True
         return []
     return adapters

@@ -65,9 +65,9 @@ def test_zeros_are_the_identity_bit_for_bit():
     assert torch.equal(blocks, torch.eye(16).expand(2, 16, 16))
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("m", [1, 2, 3])
 def test_gradients_of_cayley_and_composition(m):
-    R = parameters(16, 2, m).requires_grad_()
+    R = parameters(8, 2, m).requires_grad_()
     assert torch.autograd.gradcheck(blocks_of, R)
 
 

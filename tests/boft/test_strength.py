@@ -145,7 +145,7 @@ def test_combinations_that_make_no_sense_are_refused():
         model.add_weighted_adapter(["default", "wide"], [1, 1], "mixed")
     with pytest.raises(ValueError, match="one weight for each"):
         model.add_weighted_adapter(["default"], [1, 1], "mixed")
-    with pytest.raises(ValueError, match="'absent'.* do not exist"):
+    with pytest.raises(ValueError, match=r"'absent'.* do not exist"):
         model.add_weighted_adapter(["absent"], [1], "mixed")
     with pytest.raises(ValueError, match="exists already"):
         model.add_weighted_adapter(["default"], [1], "wide")
