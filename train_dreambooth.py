@@ -35,7 +35,7 @@ from finetuning.builders import (
 )
 from finetuning.checkpoint import Checkpoints, write_folder
 from finetuning.config import InputError, read_config, run_command
-from finetuning.dataset import Batches, ImageStream, Transform, find_examples, open_image, read_prompts
+from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
 from finetuning.model_card import model_card
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
 from finetuning.picture import grid, save_picture
@@ -76,7 +76,7 @@ class DreamBooth:
                     t = integers(len(base.alpha_bar), seed, "timestep", batch.keys).to(run.device)  # (2B,)
 
                     # Noise them, predict, compare:
-                    errors = self.denoising_errors(unet, x0, t, text, batch.prompts, batch.keys)  # (2B,)
+                    errors = self.denoising_errors(unet, x0, t, text, batch, self.teacher)  # (2B,)
 
                     # The loss of the subject and the one of the class:
                     instance_loss, prior_loss = errors[:B].mean(), errors[B:].sum() / B
@@ -108,25 +108,26 @@ class DreamBooth:
         x0: torch.Tensor,
         t: torch.Tensor,
         text: torch.Tensor,
-        prompts: Sequence[str],
-        keys: Sequence[str],
+        batch: Batch,
+        teacher: Teacher | None = None,
     ) -> torch.Tensor:
         """The weighted error of what is predicted for each sample, (N,).
 
-        x0: latents (N, C, h, w); t: timesteps (N,); text: of the prompts (N, tokens, width); keys: decide the noise.
+        x0: latents (N, C, h, w); t: timesteps (N,); text: of the prompts (N, tokens, width); batch: its keys
+        decide the noise; teacher: says what to predict for the second half, the class, in the place of the truth.
         """
         base, objective = self.base, self.config.objective
         alpha_bar = base.alpha_bar[t]
-        noise = normal(x0.shape[1:], self.seed, "noise", keys).to(x0)
+        noise = normal(x0.shape[1:], self.seed, "noise", batch.keys).to(x0)
         if objective.offset_noise:
-            shift = normal(x0.shape[1:2], self.seed, "offset", keys).to(x0)
+            shift = normal(x0.shape[1:2], self.seed, "offset", batch.keys).to(x0)
             noise = offset_noise(noise, shift, objective.offset_noise)
         x_t = add_noise(x0, noise, alpha_bar)
         wanted = target(x0, noise, alpha_bar, base.prediction_type)
-        if self.teacher is not None:  # which speaks for the second half, the class
+        if teacher is not None:
             n = len(t) // 2
             with self.run.autocast():
-                taught = self.teacher(x_t[n:], t[n:], prompts[n:], self.adapters.values())
+                taught = teacher(x_t[n:], t[n:], batch.prompts[n:], self.adapters.values())
             wanted = torch.cat([wanted[:n], taught])
         errors = mean_squared_error(unet(x_t, t, text).sample, wanted)
         if objective.snr_gamma is not None:
@@ -163,7 +164,7 @@ class DreamBooth:
             build_sampler(self.base, validation, data.resolution, prior.sample_batch_size, DTYPES[precision])
             for precision in (config.model.mixed_precision, prior.precision or config.model.mixed_precision)
         )
-        fingerprint = self.base.fingerprint()
+        fingerprint = self.base.fingerprint
 
         # Photos, prompts, class images:
         self.photos = self.held_out_photos = self.photo_stream(subject.instance_data_dir, "--instance_data_dir")
@@ -297,10 +298,7 @@ class DreamBooth:
                 )  # one from each n-th of the schedule
                 x0 = base.encode_images(batch.images, self.seed, batch.keys)
                 text = self.encode_prompts(batch.prompts, base.text_encoder)
-                teacher, self.teacher = self.teacher, None  # the truth is asked for here
-                errors = self.denoising_errors(base.unet, x0, t, text, batch.prompts, batch.keys)
-                self.teacher = teacher
-                losses[f"held_out_{name}_loss"] = errors.mean().item()
+                losses[f"held_out_{name}_loss"] = self.denoising_errors(base.unet, x0, t, text, batch).mean().item()
         self.run.log(step, **losses)
         if prompts := validation.validation_prompt:
             rows = [

@@ -51,6 +51,7 @@ class StableDiffusion:
         name: folder or hub name; revision: branch or commit, None = main.
         scheduler: the model's own sampler.
         noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
+        fingerprint: a short hash of the weights as they were loaded, whatever their folder is called.
     """
 
     name: str
@@ -61,6 +62,15 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     noise_schedule: DDPMScheduler
+    fingerprint: str = ""
+
+    def __post_init__(self):
+        digest = hashlib.sha256()
+        for part in (self.text_encoder, self.vae, self.unet):
+            for name, parameter in part.named_parameters():
+                few = parameter.detach().flatten()[:4].float().cpu()
+                digest.update(name.encode() + few.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
 
     @property
     def vae_scale(self) -> int:
@@ -100,15 +110,6 @@ class StableDiffusion:
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         return (self.unet.config.in_channels, resolution // self.vae_scale, resolution // self.vae_scale)
-
-    def fingerprint(self) -> str:
-        """A short hash of a few numbers of each weight: tells models apart, whatever their folders are called."""
-        digest = hashlib.sha256()
-        for part in (self.text_encoder, self.vae, self.unet):
-            for name, parameter in part.named_parameters():
-                few = parameter.detach().flatten()[:4].float().cpu()
-                digest.update(name.encode() + few.numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     # Encoding
 

@@ -24,7 +24,7 @@ class TrainingState:
     Attributes:
         adapters: what is trained, by the name of its module, e.g. "unet".
         config: of the run; total_batch: samples in an optimizer step.
-        weights, photos: fingerprints of the base model and of the images, which count rather than their folders' names.
+        weights, photos: fingerprints of base model and photos, which count rather than the names of their folders.
         scaler: of float16 training, or None.
     """
 

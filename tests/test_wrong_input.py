@@ -298,6 +298,21 @@ def test_an_output_folder_without_permission(toy_base, tmp_path, capsys):
     assert "no permission to write" in capsys.readouterr().err
 
 
+def test_8_bit_adam_without_its_library(toy_base, tmp_path, capsys, monkeypatch):
+    case = Case(tmp_path, toy_base)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert run(*flags(case.base, case.photos, case.output, "--use_8bit_adam")) == 2
+    assert "pip install bitsandbytes" in capsys.readouterr().err
+    assert not case.output.exists()
+
+
+def test_a_tracker_that_is_not_installed(toy_base, tmp_path, capsys, monkeypatch):
+    case = Case(tmp_path, toy_base)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(*flags(case.base, case.photos, case.output), "--report_to=wandb") == 2
+    assert "pip install wandb" in capsys.readouterr().err
+
+
 def test_a_huge_photo_is_named(toy_base, tmp_path, capsys, monkeypatch):
     case = Case(tmp_path, toy_base)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -1,0 +1,92 @@
+"""Pictures: seeded one by one, whatever the batch; modes restored; grids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photo
+from PIL import Image
+
+from finetuning.picture import grid, save_picture
+from finetuning.sampling import Sampler, evaluating
+from finetuning.stable_diffusion import load_stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def base(toy_base):
+    base = load_stable_diffusion(str(toy_base))
+    base.freeze(torch.float32, torch.device("cpu"))
+    return base
+
+
+def arrays(images: list[Image.Image]) -> list[np.ndarray]:
+    return [np.asarray(image).astype(int) for image in images]
+
+
+def test_a_picture_depends_on_its_own_prompt_and_key_alone(base):
+    prompts, keys = ["a red mug", "a dog", "a mug in the snow"], ["a", "b", "c"]
+    sampler = Sampler(base, resolution=16, steps=2, guidance_scale=3, batch_size=3)
+    together = arrays(sampler(prompts, 0, keys))
+    sampler.batch_size = 2
+    for a, b in zip(together, arrays(sampler(prompts, 0, keys))):
+        assert abs(a - b).max() <= 1
+    assert abs(together[2] - arrays(sampler(prompts[2:], 0, keys[2:]))[0]).max() <= 1
+    assert abs(together[0] - arrays(sampler(prompts[:1], 1, keys[:1]))[0]).max() > 1, "another seed, another picture"
+
+
+def test_a_picture_is_the_one_of_the_pipeline(base):
+    """The same noise through diffusers' own pipeline, decoder and all."""
+    from finetuning.randomness import normal
+
+    ours = Sampler(base, resolution=16, steps=3, guidance_scale=3, batch_size=1)(["a red mug"], 0, ["k"])
+    noise = normal(base.latent_shape(16), 0, "sample", ["k"])
+    theirs = base.pipeline()("a red mug", latents=noise, num_inference_steps=3, guidance_scale=3).images
+    assert abs(arrays(ours)[0] - arrays(theirs)[0]).max() <= 1
+
+
+def test_modes_are_restored(base):
+    base.unet.train()
+    base.unet.mid_block.eval()
+    with evaluating(base.unet):
+        assert not any(module.training for module in base.unet.modules())
+    assert base.unet.training and not base.unet.mid_block.training
+    Sampler(base, 16, 1, 1.0, 1)(["a mug"], 0, ["k"])
+    assert base.unet.training and not base.unet.mid_block.training
+
+
+def test_latents_decode_to_what_was_encoded_by_the_library(base):
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = base.moments(pixels).unbind(1)
+    expected = base.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, expected.mean * base.vae.config.scaling_factor)
+    torch.testing.assert_close(std, expected.std * base.vae.config.scaling_factor)
+    torch.testing.assert_close(base.decode(mean), base.vae.decode(expected.mean).sample)
+
+
+def test_embedded_prompts_are_the_encoded_ones(base):
+    embedded = base.embed(["a mug", "a red dog", "a mug"])
+    assert len(embedded) == 2
+    torch.testing.assert_close(embedded["a red dog"], base.encode_prompts(["a mug", "a red dog"])[1])
+
+
+def test_the_fingerprint_tells_models_apart(base, toy_base, sd15_base):
+    assert base.fingerprint == load_stable_diffusion(str(toy_base)).fingerprint
+    assert base.fingerprint != load_stable_diffusion(str(sd15_base)).fingerprint
+
+
+def test_a_grid_keeps_every_image_in_its_place(tmp_path):
+    rows = [[draw_photo(3 * row + column, (64, 64)) for column in range(3)] for row in range(2)]
+    picture = grid(rows, columns=["a", "b c", "d " * 40], captions=["first\nmore", "second"], photos=rows[0])
+    save_picture(picture, tmp_path / "deep" / "grid.png")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["grid.png"]
+    shown = np.asarray(Image.open(tmp_path / "deep" / "grid.png"))
+    for row in rows:
+        for image in row:
+            middle = np.asarray(image)[32, 32]
+            assert (shown == middle).all(-1).sum() > 90 * 90, "the middle of each image covers half of its side"
+
+
+def test_a_grid_of_large_images_does_not_grow_them():
+    picture = grid([[draw_photo(0, (300, 300))]])
+    assert 300 <= picture.width < 400
