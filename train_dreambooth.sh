@@ -48,7 +48,7 @@ CLASS_DIR="${CLASS_DIR:-$HERE/data/class_images/$(basename "$MODEL_NAME")/$NAME}
 OUTPUT_DIR="${OUTPUT_DIR:-$HERE/data/output/dreambooth${IDX:+/$NAME}}"
 PROJECT_NAME="${PROJECT_NAME:-dreambooth}"
 RUN_NAME="${RUN_NAME:-$NAME}"
-REPORT_TO="${REPORT_TO:-wandb}" # offline where there is no key
+REPORT_TO="${REPORT_TO:-$([[ -n "$IDX" ]] && echo wandb || echo tensorboard)}" # wandb: offline where there is no key
 
 if [[ "$MODEL_NAME" == "$EMBEDDED/base" ]]; then
   # 64 pixels on a CPU. Blocks of 8 in 2 butterfly factors on all layers of the transformer blocks; the scale learns at

@@ -1,0 +1,1 @@
+"""What both trainers share: settings, data, base model, objective, adapters, run, checkpoints, pictures."""

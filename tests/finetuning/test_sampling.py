@@ -84,7 +84,7 @@ def test_a_grid_keeps_every_image_in_its_place(tmp_path):
     for row in rows:
         for image in row:
             middle = np.asarray(image)[32, 32]
-            assert (shown == middle).all(-1).sum() > 90 * 90, "the middle of each image covers half of its side"
+            assert (shown == middle).all(-1).sum() > 70 * 70, "half of each side, 96 pixels, less blurred edges"
 
 
 def test_a_grid_of_large_images_does_not_grow_them():
