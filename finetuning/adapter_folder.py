@@ -1,0 +1,167 @@
+"""A folder with adapters: a run's, one of its checkpoints, or one in peft's format; and which base they belong to."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.utils import PeftType
+from safetensors.torch import load_file
+
+from .adapter import ADAPTER_WEIGHTS
+from .config import InputError
+from .run import CONFIG
+from .stable_diffusion import MIRRORS
+
+PARTS = ("unet", "text_encoder")
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
+
+
+def load_run_config(run: Path) -> dict:
+    """The resolved configuration of a run.
+
+    Raises:
+        InputError: the folder is not a run's output.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        raise InputError(f"{run}: not the output of a training run (it has no {CONFIG}); give a run's --output_dir")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder itself, or a hub repository's adapter files in the cache.
+
+    Raises:
+        InputError: a file, not there, or not to be had.
+    """
+    folder = Path(path)
+    if folder.suffix in PICKLES and not folder.is_dir():
+        raise InputError(
+            f"{path}: a pickle file, which can run any code when it is read; give a folder with safetensors"
+        )
+    if folder.is_file():
+        raise InputError(
+            f"{path}: is a file; give the folder of a run. (A LoRA file of other tools: pipeline.load_lora_weights)"
+        )
+    if folder.is_dir():
+        return folder
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such folder, and not the form owner/name of a repository on the hub")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, f"*{ADAPTER_CONFIG}", f"*{ADAPTER_WEIGHTS}"]))
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: no such folder, and not loaded from the hub; check the name and the network. "
+            f"The library says: {text}"
+        ) from error
+
+
+def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str, Path]:
+    """{part: folder in peft's format} of what a path holds.
+
+    Args:
+        modules: UNet and text encoder, by whose layers a folder without parts is told to be the one's or the other's.
+
+    Raises:
+        InputError: no adapter, or one that is not stored as safetensors.
+    """
+    found = {part: folder / part for part in PARTS if (folder / part / ADAPTER_CONFIG).is_file()}
+    if not found and (folder / ADAPTER_CONFIG).is_file():
+        found = {None: folder}
+    if not found:
+        if (folder / "model_index.json").is_file():
+            raise InputError(f"{folder}: is a whole pipeline, not an adapter; load it as the base")
+        raise InputError(
+            f"{folder}: holds no adapter ({ADAPTER_CONFIG} in it, in {' or in '.join(PARTS)}); has the run ended?"
+        )
+    for source in found.values():
+        if not (source / ADAPTER_WEIGHTS).is_file():
+            pickles = [p.name for p in source.iterdir() if p.suffix in PICKLES]
+            if pickles:
+                raise InputError(
+                    f"{source}: has {pickles[0]}, a pickle file, which can run any code when it is read; "
+                    "save the adapter as safetensors"
+                )
+            raise InputError(f"{source}: has no {ADAPTER_WEIGHTS}; is it complete?")
+        try:
+            keys = load_file(source / ADAPTER_WEIGHTS).keys()
+        except Exception as error:
+            raise InputError(f"{source / ADAPTER_WEIGHTS}: cannot be read ({error})") from error
+        kind_of(source)
+    if None in found:  # a bare folder says by its keys what it is for
+        first = next(iter(keys)).removeprefix("base_model.model.").split(".boft_")[0].split(".lora_")[0]
+        part = next((p for p in PARTS if first in dict(modules[p].named_modules())), "unet")
+        found = {part: folder}
+    return found
+
+
+def kind_of(source: Path) -> PeftType:
+    """BOFT or LoRA, by what a folder in peft's format says.
+
+    Raises:
+        InputError: unreadable, another kind, or one that replaces modules.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(source))
+    except Exception as error:
+        raise InputError(
+            f"{source / ADAPTER_CONFIG}: cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from error
+    if config.peft_type not in KINDS:
+        raise InputError(f"{source}: is {config.peft_type}; BOFT and LoRA adapters can be loaded")
+    if getattr(config, "modules_to_save", None):
+        raise InputError(f"{source}: replaces whole modules (modules_to_save), which cannot be given a strength")
+    return config.peft_type
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run's folder, if this is one, or one of its checkpoints or parts."""
+    return next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
+
+
+def trained_on(folder: Path) -> str | None:
+    """The base that an adapter was trained on, as the run or peft has noted it; None = nobody has."""
+    if run := run_of(folder):
+        return load_run_config(run).get("pretrained_model_name_or_path")
+    for place in (folder, *(folder / part for part in PARTS)):
+        if (place / ADAPTER_CONFIG).is_file():
+            return PeftConfig.from_pretrained(str(place)).base_model_name_or_path
+    return None
+
+
+def check_same_base(present: str | None, trained_on: str | None, folder: Path) -> None:
+    """Refuse an adapter that was trained on another base. Where nobody has noted which, its shapes decide.
+
+    Raises:
+        InputError: with both names.
+    """
+    if trained_on is None or present is None or _is_same_model(trained_on, present):
+        return
+    raise InputError(
+        f"{folder}: was trained on {trained_on}, the pipeline is {present}. Load that base; or, if they are the same "
+        "or the adapter is meant for both, say so: check_base=False (--any_base)"
+    )
+
+
+def _is_same_model(a: str, b: str) -> bool:
+    a, b = (MIRRORS.get(name, name) for name in (a, b))
+    if a == b:
+        return True
+    left, right = Path(a), Path(b)
+    if not (left.is_dir() and right.is_dir()):
+        return False
+    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in PARTS)
+
+
+def _has_same_weights(left: Path, right: Path) -> bool:
+    names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in (left, right)]
+    return bool(names[0]) and names[0] == names[1] and not any(filecmp.cmpfiles(left, right, names[0], False)[1:])
