@@ -1,29 +1,333 @@
 #!/usr/bin/env python
-"""Score what a run has trained.
+"""Score what runs have trained.
 
+    python scripts/evaluate.py dreambooth data/output               # every run below: DINO, CLIP-I, CLIP-T; tables
+    python scripts/evaluate.py pictures --generated=made --real=photos --prompts=prompts.txt --class_word=mug
     python scripts/evaluate.py toyworld data/output/dreambooth      # an embedded subject, by the toy world's own judge
 
-Writes scores.json into the run's folder and prints a table: a row for the base model, a row for the tuned one.
+`dreambooth` follows DreamBooth's protocol: 25 prompts, 4 pictures each; cosine over all real × generated pairs; CLIP-T
+by the prompt without the rare token; blackened pictures excluded and counted. Pictures and tables go into evaluation/
+of a run. To go on after an interruption, run the same command again. `pictures` scores what other programs have made.
+
+`toyworld` writes scores.json into the run's folder and prints a table of the base model and the tuned one.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from PIL import Image
+from tqdm import tqdm
+
 from finetuning.config import InputError, run_command
+from finetuning.dataset import Transform, find_images, open_image
+from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino, score_pictures
+from finetuning.gallery import Gallery, read_gallery
 from finetuning.inference import load_base, load_run, load_run_config
+from finetuning.lpips import LPIPS, load_lpips
+from finetuning.picture import grid, save_picture
+from finetuning.prompts import Words, find_words, read_templates
+from finetuning.run import CONFIG, DTYPES
+from finetuning.score_table import Row, as_json, markdown, mean_of, write, write_table
+from toyworld.judge import InstanceJudge
 from toyworld.measure import generate
 from toyworld.scores import Judges, score, table
 from toyworld.subjects import SUBJECTS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "toyworld"
+DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-large-patch14"
+PARTS = ("unet", "text_encoder")
+SCORES = ("DINO", "Judge", "CLIP-I", "CLIP-T", "LPIPS")
+
+
+# Encoders
+
+
+@dataclass
+class Encoders:
+    """The networks that score, loaded once for all runs.
+
+    Attributes:
+        fidelity: column to encoder; text: the one that reads, or None; lpips: or None.
+    """
+
+    fidelity: dict[str, Encoder]
+    text: Encoder | None
+    lpips: LPIPS | None
+
+    def describe(self) -> dict:
+        """What a stated score must state: models and preprocessing."""
+        found = {n: {"model": e.name, **e.preprocessing.describe()} for n, e in self.fidelity.items()}
+        return {**found, "LPIPS": "AlexNet, v0.1" if self.lpips else None}
+
+
+def load_encoders(args: argparse.Namespace, is_toy: bool) -> Encoders:
+    """What the flags ask for; by default the protocol's models, and the embedded ones on the toy world.
+
+    Raises:
+        InputError: one cannot be loaded; names its flag.
+    """
+    lpips = load_lpips(args.lpips_alexnet, args.lpips_linear, args.device) if args.lpips else None
+    fidelity: dict[str, Encoder] = {}
+    if (dino := args.dino or ("none" if is_toy else DINO)) != "none":
+        fidelity["DINO"] = load_dino(dino, args.device)
+    if is_toy and (DATA / "judge").is_dir():
+        fidelity["Judge"] = judge_encoder(DATA / "judge", args.device)
+    if (clip := args.clip or (str(DATA / "clip") if is_toy else CLIP)) != "none":
+        fidelity["CLIP-I"] = load_clip(clip, args.device)
+    if not fidelity:
+        raise InputError("--dino=none and --clip=none: nothing is left to score with; give one of them")
+    return Encoders(fidelity, fidelity.get("CLIP-I"), lpips)
+
+
+def judge_encoder(folder: Path, device: str) -> Encoder:
+    """The toy world's judge of individuals, which had no part in training."""
+    judge = InstanceJudge.from_pretrained(folder / "instances").to(device).eval()
+    half = (0.5, 0.5, 0.5)
+    return Encoder("toyworld/judge", Preprocessing((64, 64), None, 3, half, half), judge, device=torch.device(device))
+
+
+# Runs
+
+
+@dataclass
+class Subject:
+    """What a run was about, and what it is asked.
+
+    Attributes:
+        name: of the subject; words: token and class word; templates: prompts with {} for the subject.
+        photos: the real ones.
+    """
+
+    name: str
+    words: Words
+    templates: list[str]
+    photos: list[Path]
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The folder itself if it is a run, else all runs below, none inside another.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the --output_dir of a run or a folder with several")
+    if (root / CONFIG).is_file():
+        return [root]
+    runs: list[Path] = []
+    for path in sorted(root.rglob(CONFIG)):
+        if not any(run in path.parents for run in runs):
+            runs.append(path.parent)
+    if not runs:
+        raise InputError(f"{root}: holds no training run (no {CONFIG} in it or below); give a run's --output_dir")
+    return runs
+
+
+def read_subject(config: dict, args: argparse.Namespace) -> Subject:
+    """Photos, words and prompts of a run.
+
+    The prompts are those of --prompts, of subject.json beside the photos, or the protocol's 25 for the class.
+    """
+    folder = Path(args.instance_data_dir or config["instance_data_dir"])
+    photos = find_images(folder, "--instance_data_dir")
+    card = folder / "subject.json"
+    card = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    class_word = args.class_word or card.get("class_word")
+    words = find_words(config["instance_prompt"], config.get("class_prompt") or (), class_word)
+    if args.prompts:
+        templates = read_templates(args.prompts)
+    elif card.get("validation_prompts"):
+        templates = [words.template(prompt) for prompt in card["validation_prompts"]]
+    else:
+        templates = list(words.templates())
+    return Subject(card.get("name", folder.name), words, templates, photos)
+
+
+def weights_of(run: Path) -> str:
+    """A short hash of what a run has trained."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in PARTS for path in (run / part).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def is_toy(config: dict) -> bool:
+    """Whether a run's base is the embedded one, which other encoders know nothing of."""
+    return Path(config["pretrained_model_name_or_path"]).resolve() == (DATA / "base").resolve()
+
+
+# Scoring
+
+
+def dreambooth(args: argparse.Namespace) -> dict:
+    """Score every run of a tree; returns what the tree's scores.json holds."""
+    runs = find_runs(args.runs)
+    configs = [load_run_config(run) for run in runs]
+    subjects = [read_subject(config, args) for config in configs]
+    of_kind = {kind: load_encoders(args, kind) for kind in dict.fromkeys(map(is_toy, configs))}
+    results = [
+        score_run(run, config, subject, of_kind[is_toy(config)], args)
+        for run, config, subject in zip(runs, configs, subjects)
+    ]
+    names = [str(run.relative_to(args.runs)) if run != args.runs else run.name for run in runs]
+    rows = [summary(result, run=name) for name, result in zip(names, results)]
+    table_rows = list(rows)
+    if len(rows) > 1:
+        table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORES if s in rows[0]}})
+        folder = args.runs / "evaluation"
+        write_table(folder, "subjects", table_rows)
+        write_table(folder, "prompts", [{"run": n, **row} for n, r in zip(names, results) for row in r["prompts"]])
+        save_picture(overview(runs, names, subjects, args.images_per_prompt), folder / "grid.png")
+    real = [{**result["real"], "run": "real photos"} for result in results]
+    if scored := {s: mean_of(real, s) for s in SCORES if s in real[0]}:
+        table_rows.append({"run": "real photos", **scored})
+    print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORES) if c in rows[0]]))
+    result = {"runs": dict(zip(names, results)), "table": table_rows}
+    if len(rows) > 1:
+        write(args.runs / "evaluation" / "scores.json", as_json(result))
+    print(f"{args.runs / 'evaluation'}: tables (csv, md, json), pictures and grid.png")
+    return result
+
+
+def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, args: argparse.Namespace) -> dict:
+    """Make what pictures are missing, score them, write tables and grid; or read the scores that are there."""
+    folder = run / "evaluation"
+    words, prompts = subject.words, [subject.words.with_token(t) for t in subject.templates]
+    gallery = Gallery(folder / "pictures", tuple(prompts), args.images_per_prompt)
+    settings = {
+        "seed": args.seed,
+        "steps": args.num_inference_steps or config["num_inference_steps"],
+        "guidance_scale": config["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
+        "resolution": config["resolution"],
+        "precision": args.mixed_precision,
+    }
+    record = {**settings, "base": config["pretrained_model_name_or_path"], "weights": weights_of(run)}
+    gallery.begin(record, args.overwrite)
+    if count := len(gallery.missing()):
+        pipeline = load_run(run).to(args.device)
+        with progress(f"{run.name}: generating", count, "picture") as bar:
+            settings["precision"] = DTYPES[settings["precision"]]
+            gallery.generate(pipeline, **settings, batch_size=args.batch_size, advance=bar.update)
+        del pipeline
+    protocol = {
+        "encoders": encoders.describe(),
+        "texts": [words.without_token(t) for t in subject.templates],
+        "photos": [path.name for path in subject.photos],
+        "pictures": json.loads((gallery.folder / "record.json").read_text(encoding="utf-8")),
+    }
+    protocol = json.loads(as_json(protocol))
+    path = folder / "scores.json"
+    if path.is_file() and not count and (found := json.loads(path.read_text()))["protocol"] == protocol:
+        return found
+    texts = [text for text in protocol["texts"] for _ in range(gallery.each)]
+    result = score_all(run.name, gallery.images(), texts, prompts, subject.photos, encoders, args.batch_size)
+    result = {"subject": subject.name, "protocol": protocol, **result}
+    write(path, as_json(result))
+    write_table(folder, "prompts", result["prompts"])
+    write_table(folder, "subjects", [summary(result), {"subject": "real photos", **result["real"]}])
+    save_picture(score_grid(gallery, subject), folder / "grid.png")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def score_all(
+    title: str,
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
+    prompts: Sequence[str],
+    photos: Sequence[Path],
+    encoders: Encoders,
+    batch_size: int,
+) -> dict:
+    """Scores by picture, by prompt, and of the real photos; the pictures of a prompt follow each other."""
+    real = [open_image(path) for path in photos]
+    with progress(f"{title}: scoring", len(encoders.fidelity) * len(pictures), "picture") as bar:
+        scores, reference = score_pictures(
+            pictures, texts, real, fidelity=encoders.fidelity, text_encoder=encoders.text, lpips=encoders.lpips,
+            batch_size=batch_size, advance=bar.update,
+        )  # fmt: skip
+    each = len(pictures) // len(prompts)
+    names = [name for name in SCORES if name in scores]
+    by_picture = [
+        {"prompt": prompts[i // each], "picture": i % each, **{n: float(scores[n][i]) for n in names}}
+        for i in range(len(pictures))
+    ]
+    by_prompt = []
+    for p, prompt in enumerate(prompts):
+        part = by_picture[p * each : (p + 1) * each]
+        black = sum(row[names[0]] != row[names[0]] for row in part)  # nan is unequal to itself
+        counts = {"prompt": prompt, "pictures": len(part), "excluded": black}
+        by_prompt.append({**counts, **{n: mean_of(part, n) for n in names}})
+    return {"prompts": by_prompt, "by_picture": by_picture, "real": reference}
+
+
+def summary(result: dict, **more: str) -> Row:
+    """One row for a run: means over all its pictures that are not blackened."""
+    names = [name for name in SCORES if name in result["by_picture"][0]]
+    counts = {key: sum(row[key] for row in result["prompts"]) for key in ("pictures", "excluded")}
+    subject = {"subject": result["subject"]} if "subject" in result else {}
+    return {**more, **subject, **counts, **{n: mean_of(result["by_picture"], n) for n in names}}
+
+
+def score_grid(gallery: Gallery, subject: Subject) -> Image.Image:
+    """The photos on top, a row a prompt."""
+    pictures = gallery.images()
+    rows = [pictures[i : i + gallery.each] for i in range(0, len(pictures), gallery.each)]
+    photos = squares(subject.photos[: max(4, 2 * gallery.each)], pictures[0].width)
+    return grid(rows, captions=gallery.prompts, photos=photos, photo_caption=f"photos of {subject.name}")
+
+
+def overview(runs: Sequence[Path], names: Sequence[str], subjects: Sequence[Subject], each: int) -> Image.Image:
+    """A row a run: two photos, then the first picture of its first prompts."""
+    shown, rows = 6, []
+    for run, subject in zip(runs, subjects):
+        gallery = Gallery(run / "evaluation" / "pictures", tuple(subject.templates), each)
+        pictures = [open_image(gallery.path(p, 0)) for p in range(min(shown, len(subject.templates)))]
+        rows.append([*squares(subject.photos[:2], pictures[0].width), *pictures])
+    templates = subjects[0].templates[:shown]
+    columns = ["photo", "photo", *templates] if all(s.templates[:shown] == templates for s in subjects) else []
+    return grid(rows, columns=columns, captions=names)
+
+
+def squares(paths: Sequence[Path], side: int) -> list[Image.Image]:
+    crop = Transform(side, center_crop=True).crop
+    return [crop(open_image(path)) for path in paths]
+
+
+def pictures(args: argparse.Namespace) -> dict:
+    """Score pictures that were made elsewhere."""
+    templates = read_templates(args.prompts)
+    words = Words("", args.class_word)
+    images, each = read_gallery(args.generated, templates, "--generated")
+    photos = find_images(args.real, "--real")
+    texts = [words.without_token(t) for t in templates]
+    encoders = load_encoders(args, is_toy=False)
+    repeated = [text for text in texts for _ in range(each)]
+    result = score_all(args.generated.name, images, repeated, texts, photos, encoders, args.batch_size)
+    result = {"protocol": {"encoders": encoders.describe()}, **result}
+    folder = args.output or args.generated / "evaluation"
+    write(folder / "scores.json", as_json(result))
+    write_table(folder, "prompts", result["prompts"])
+    rows = [summary(result, of=str(args.generated)), {"of": "real photos", **result["real"]}]
+    write_table(folder, "subjects", rows)
+    print(markdown(rows))
+    return result
+
+
+def progress(title: str, total: int, unit: str) -> tqdm:
+    return tqdm(desc=title, total=total, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
 def toyworld(run: Path, judge: Path = DATA / "judge") -> dict:
@@ -48,13 +352,78 @@ def toyworld(run: Path, judge: Path = DATA / "judge") -> dict:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# Flags
+
+
+def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dino", metavar="NAME", help=f"DINO ViT: hub name, local folder, or none (default: {DINO})")
+    parser.add_argument("--clip", metavar="NAME", help=f"CLIP: hub name, local folder, or none (default: {CLIP})")
+    parser.add_argument("--lpips", action="store_true", help="also LPIPS, which needs the two files below")
+    parser.add_argument("--lpips_alexnet", metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth")
+    parser.add_argument("--lpips_linear", metavar="FILE", help="the lpips package's weights/v0.1/alex.pth")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="pictures at a time")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"where everything runs (default here: {device})")
+
+
+def at_least(least: int):
+    """An argparse type: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("dreambooth", help="a run or a tree of runs, by DreamBooth's protocol")
+    command.add_argument("runs", type=Path, help="the --output_dir of a run, or a folder with several")
+    command.add_argument(
+        "--instance_data_dir", metavar="DIR", help="the photos, if they are no longer where they were"
+    )
+    command.add_argument(
+        "--class_word", metavar="WORD", help="of the subject, e.g. mug (default: found in the prompts)"
+    )
+    command.add_argument(
+        "--prompts", metavar="FILE", help="templates with {} for the subject (default: the protocol's)"
+    )
+    command.add_argument("--images_per_prompt", type=at_least(1), default=4, metavar="N", help="(default: 4)")
+    command.add_argument("--seed", type=at_least(0), default=0, help="of the pictures' noise (default: 0)")
+    command.add_argument("--num_inference_steps", type=at_least(1), metavar="N", help="(default: as in the run)")
+    command.add_argument("--guidance_scale", type=float, metavar="X", help="(default: as in the run)")
+    command.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of the generation")
+    command.add_argument("--overwrite", action="store_true", help="make pictures anew that were made otherwise")
+    add_encoder_flags(command)
+    command.set_defaults(run=dreambooth)
+
+    command = commands.add_parser("pictures", help="pictures that were made elsewhere")
+    command.add_argument("--generated", type=Path, required=True, metavar="DIR", help="pictures, prompt after prompt")
+    command.add_argument("--real", type=Path, required=True, metavar="DIR", help="photos of the subject")
+    command.add_argument("--prompts", required=True, metavar="FILE", help="templates with {} for the subject")
+    command.add_argument("--class_word", required=True, metavar="WORD", help="what CLIP-T calls the subject")
+    command.add_argument("--output", type=Path, metavar="DIR", help="(default: evaluation/ beside the pictures)")
+    add_encoder_flags(command)
+    command.set_defaults(run=pictures)
+
     command = commands.add_parser("toyworld", help="an embedded subject, by the toy world's own judge")
-    command.add_argument("run", type=Path, help="the --output_dir of a run")
-    args = parser.parse_args(argv)
-    toyworld(args.run)
+    command.add_argument("runs", type=Path, metavar="run", help="the --output_dir of a run")
+    command.set_defaults(run=lambda args: toyworld(args.runs))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = read_arguments(argv)
+    args.run(args)
     return 0
 
 
