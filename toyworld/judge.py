@@ -6,12 +6,14 @@ context, and gives the subject score: 0 = like others of its category, 1 = like 
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,7 +39,18 @@ def _trunk(widths: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
 
 
-class AttributeJudge(nn.Module, PyTorchModelHubMixin):
+class Network(nn.Module, PyTorchModelHubMixin):
+    """A judge's network: config.json and model.safetensors in a folder."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Network:
+        """The network that `save_pretrained` wrote into `folder`, in float32 and evaluation mode."""
+        network = cls(**json.loads((folder / "config.json").read_text()))
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        return network.eval()
+
+
+class AttributeJudge(Network):
     """Reads the attributes off pictures in [-1, 1], (N, 3, 64, 64): a list of logits, in the order of `ATTRIBUTES`."""
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128)):
@@ -55,7 +68,7 @@ class AttributeJudge(nn.Module, PyTorchModelHubMixin):
         return torch.cat([torch.stack([head.argmax(1) for head in batch], 1) for batch in logits]).numpy()
 
 
-class InstanceJudge(nn.Module, PyTorchModelHubMixin):
+class InstanceJudge(Network):
     """Embeds the individual in pictures in [-1, 1], (N, 3, 64, 64): unit vectors (N, 64)."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 56, 96, 128), dimensions: int = 64):

@@ -29,6 +29,11 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def load_clip(folder: Path) -> CLIPModel:
     """The small CLIP in float32."""
     return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -47,10 +52,10 @@ def generate(
     """Pictures of prompts, one per seed: uint8 (N, 64, 64, 3)."""
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
-    for start in tqdm(range(0, len(prompts), batch), desc="generating", unit="batch"):
+    for start in tqdm(range(0, len(prompts), batch), desc="generating", unit="batch", leave=False):
         part = slice(start, start + batch)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             images = pipeline(
                 list(prompts[part]),
                 num_inference_steps=steps,
@@ -104,8 +109,8 @@ def measure(folder: Path, count: int = 480, renders_count: int = 2000) -> dict:
     """Measure what lies in `folder`; also writes base_samples.png there: the first 100 pictures, in order."""
     pipeline = load_pipeline(folder / "base")
     words, model = CLIPTokenizer.from_pretrained(folder / "clip"), load_clip(folder / "clip")
-    reader = AttributeJudge.from_pretrained(folder / "judge" / "attributes").eval()
-    identifier = InstanceJudge.from_pretrained(folder / "judge" / "instances").eval()
+    reader = AttributeJudge.load(folder / "judge" / "attributes")
+    identifier = InstanceJudge.load(folder / "judge" / "instances")
     images, truth = held_out("heldout", renders_count), renders.attributes("heldout", renders_count)
     photos = np.concatenate([subjects.photos(name) for name in subjects.SUBJECTS])
     result: dict = {

@@ -87,7 +87,7 @@ def export(work: Path, output: Path) -> None:
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(output / "clip")
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(output / "clip")
     for name, network in (("attributes", judge.AttributeJudge), ("instances", judge.InstanceJudge)):
-        network.from_pretrained(work / "judge" / name).half().save_pretrained(output / "judge" / name)
+        network.load(work / "judge" / name).half().save_pretrained(output / "judge" / name)
     subjects.write(output / "subjects")
 
 

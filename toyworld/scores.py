@@ -43,8 +43,8 @@ class Judges:
     """The judge's networks, and the pictures that a subject is compared with."""
 
     def __init__(self, folder: Path, name: str):
-        self.attributes = AttributeJudge.from_pretrained(folder / "attributes").eval()
-        self.instances = InstanceJudge.from_pretrained(folder / "instances").eval()
+        self.attributes = AttributeJudge.load(folder / "attributes")
+        self.instances = InstanceJudge.load(folder / "instances")
         self.name, self.category = name, SUBJECTS[name].category
         self.reference = self.instances.embed(photos(name))
         everywhere = tuple(range(len(CONTEXTS)))

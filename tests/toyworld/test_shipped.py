@@ -38,7 +38,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def judge():
-    return AttributeJudge.from_pretrained(SHIPPED / "judge" / "attributes").eval()
+    return AttributeJudge.load(SHIPPED / "judge" / "attributes")
 
 
 def test_it_is_small():
@@ -72,7 +72,7 @@ def test_the_judge_reads_renders_sharp_and_blurred(judge, renders_and_truth):
 
 
 def test_the_judge_tells_individuals_apart():
-    judge = InstanceJudge.from_pretrained(SHIPPED / "judge" / "instances").eval()
+    judge = InstanceJudge.load(SHIPPED / "judge" / "instances")
     assert nearest_is_same(judge, held_out("heldout_individuals", COUNT)) > 0.9
 
 
