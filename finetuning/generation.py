@@ -1,0 +1,112 @@
+"""Pictures of a pipeline as a user asks for them: prompts, seeds, scheduler; each PNG says how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture.
+
+    Attributes:
+        prompt, negative_prompt: what to show and what not.
+        seed: decides the noise, whatever else is in the batch.
+        steps, guidance_scale: of the denoising.
+        size: side in pixels.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    steps: int = 25
+    guidance_scale: float = 7.5
+    size: int = 512
+
+
+def choose_scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> SchedulerMixin:
+    """One of SCHEDULERS with the model's own noise schedule and prediction type; None = the model's own sampler."""
+    if name is None:
+        return pipeline.scheduler
+    kind, options = SCHEDULERS[name]
+    return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+
+
+def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish], batch_size: int = 8) -> list[Image.Image]:
+    """A picture of each wish, as many at a time as have settings in common.
+
+    The noise of a picture comes from its seed alone; pictures of different batch sizes differ by rounding.
+    """
+    pictures: dict[int, Image.Image] = {}
+    alike: dict[tuple, list[int]] = {}
+    for i, wish in enumerate(wishes):
+        alike.setdefault((wish.steps, wish.guidance_scale, wish.size), []).append(i)
+    for (steps, guidance_scale, size), indices in alike.items():
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            images = pipeline(
+                prompt=[wishes[i].prompt for i in chosen],
+                negative_prompt=[wishes[i].negative_prompt for i in chosen],
+                generator=[torch.Generator().manual_seed(wishes[i].seed) for i in chosen],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                height=size,
+                width=size,
+            ).images
+            pictures.update(zip(chosen, images))
+    return [pictures[i] for i in range(len(wishes))]
+
+
+def save_with_parameters(
+    picture: Image.Image,
+    path: Path,
+    wish: Wish,
+    *,
+    base: str,
+    scheduler: str,
+    adapters: Mapping[str, float],
+    mixed: bool = False,
+) -> None:
+    """A PNG with two text chunks: `parameters` as web interfaces read it, and `generation`, the same as JSON.
+
+    Args:
+        adapters: {path: strength} of those at work; mixed: into one by `mix_adapters`, with these weights.
+    """
+    line = (
+        f"{wish.prompt}\nNegative prompt: {wish.negative_prompt}\nSteps: {wish.steps}, Sampler: {scheduler}, "
+        f"CFG scale: {wish.guidance_scale:g}, Seed: {wish.seed}, Size: {wish.size}x{wish.size}, Model: {base}"
+    )
+    if adapters:
+        line += f", Adapters: {'; '.join(f'{name} {strength:g}' for name, strength in adapters.items())}"
+    record = {**asdict(wish), "scheduler": scheduler, "base": base, "adapters": dict(adapters), "mixed": mixed}
+    info = PngInfo()
+    info.add_itxt("parameters", line)  # itxt: prompts may hold any letter
+    info.add_itxt("generation", json.dumps(record, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG", pnginfo=info, optimize=True)
+
+
+def read_parameters(path: Path) -> dict:
+    """What `save_with_parameters` wrote into a PNG; {} for another's."""
+    with Image.open(path) as picture:
+        return json.loads(getattr(picture, "text", {}).get("generation", "{}"))

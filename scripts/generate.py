@@ -1,0 +1,174 @@
+#!/usr/bin/env python
+# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
+"""Draw pictures with trained adapters.
+
+    python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug in the snow" --base
+    python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug" \\
+        --strength 0,0.25,0.5,0.75,1 --seed 0 1 2                      strips from the base to the subject
+    python scripts/generate.py --adapter runs/mug:0.5 runs/robot:0.5 --mix --prompt prompts.txt
+
+Writes one PNG a picture, with its parameters in it as text, and all of them as grid.png.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from PIL import Image
+
+from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen, parse_strength
+from finetuning.config import Config, Group, InputError, read_config, run_command, setting
+from finetuning.dataset import read_prompts
+from finetuning.generation import SCHEDULERS, Wish, choose_scheduler, draw, save_with_parameters
+from finetuning.inference import mix_adapters, set_strength
+from finetuning.picture import grid, save_picture
+from finetuning.run import DTYPES, check_writable
+
+
+@dataclass
+class PictureSettings(Group):
+    """Pictures"""
+
+    prompt: list[str] = setting([], "One or more prompts, or a .txt file with one a line.")
+    negative_prompt: str = setting("", "What the pictures should not show.")
+    seed: list[int] = setting([0], "One or more; each prompt is drawn once a seed.", minimum=0)
+    strength: str = setting(
+        "1", "One or more numbers with commas; each multiplies the adapters' own strengths and makes a column."
+    )
+    mix: bool = setting(False, "Combine the adapters into one, by their strengths, instead of one after the other.")
+    base: bool = setting(False, "Also draw what the base model answers, beside the others.")
+    scheduler: str | None = setting(None, "How noise is removed. None = the model's own.", choices=tuple(SCHEDULERS))
+    num_inference_steps: int | None = setting(None, "Denoising steps. None = as in the run, or 25.", minimum=1)
+    guidance_scale: float | None = setting(None, "Classifier-free guidance. None = as in the run, or 7.5.", minimum=0)
+    resolution: int | None = setting(None, "Side in pixels. None = the model's own.", minimum=8)
+    batch_size: int = setting(8, "Pictures at a time.", minimum=1)
+    output_dir: str = setting("data/output/generated", "Folder of the PNGs and of grid.png.")
+    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
+    precision: str = setting("fp32", "Of the arithmetic.", choices=("fp32", "bf16", "fp16"))
+
+    def faults(self) -> Iterator[str]:
+        if not self.prompt:
+            yield "--prompt: needed, e.g. --prompt 'a photo of qwe mug in the snow'"
+        if self.precision == "fp16" and self.device == "cpu":
+            yield "--precision=fp16: needs a GPU; use bf16 or fp32"
+
+
+@dataclass
+class GenerateConfig(Config):
+    """Everything that generate.py can be told."""
+
+    pictures: PictureSettings
+    adapters: AdapterChoice
+
+    def faults(self) -> Iterator[str]:
+        if not self.adapters.adapter:
+            for name in ("mix", "base"):
+                if getattr(self.pictures, name):
+                    yield f"--{name}: needs --adapter; add one or drop this"
+            if self.pictures.strength != "1":
+                yield f"--strength={self.pictures.strength}: needs --adapter; add one or drop this"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = read_config(GenerateConfig, argv, __doc__)
+    pictures, output = config.pictures, Path(config.pictures.output_dir)
+    prompts = read_prompts(pictures.prompt, "--prompt")
+    factors = [parse_strength(text, f"--strength={pictures.strength}") for text in pictures.strength.split(",")]
+    check_writable(output, "--output_dir")
+
+    # The pipeline:
+    device = choose_device(pictures.device)
+    pipeline, own = load_chosen(config.adapters, device, DTYPES[pictures.precision])
+    if pictures.mix:
+        mix_adapters(pipeline, own, "mixture")
+    pipeline.scheduler = choose_scheduler(pipeline, pictures.scheduler)
+    at_work = {"mixture": 1.0} if pictures.mix else own
+
+    # What to draw: a row for each prompt and seed, a column for each strength.
+    wishes = [
+        Wish(
+            prompt=prompt,
+            seed=seed,
+            negative_prompt=pictures.negative_prompt,
+            steps=pictures.num_inference_steps or find_run_setting(config.adapters, "num_inference_steps", 25),
+            guidance_scale=find_run_setting(config.adapters, "guidance_scale", 7.5)
+            if pictures.guidance_scale is None
+            else pictures.guidance_scale,
+            size=pictures.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        )
+        for prompt in prompts
+        for seed in pictures.seed
+    ]
+    check_size(wishes[0].size, pipeline)
+    columns = {f"strength {factor:g}": factor for factor in factors} if own else {"": 0.0}
+    if pictures.base:
+        columns = {"base model": 0.0, **columns}
+
+    # Draw, column by column:
+    drawn = {}
+    for title, factor in columns.items():
+        if own:
+            set_strength(pipeline, {name: strength * factor for name, strength in at_work.items()})
+        drawn[title] = draw(pipeline, wishes, pictures.batch_size)
+        for wish, picture in zip(wishes, drawn[title]):
+            path = output / f"{slug(wish.prompt)}-seed{wish.seed}{'-' + slug(title) if title else ''}.png"
+            paths = zip(config.adapters.adapter, own.values())
+            save_with_parameters(
+                picture,
+                path,
+                wish,
+                base=pipeline.name_or_path,
+                scheduler=type(pipeline.scheduler).__name__,
+                adapters={text.removesuffix(f":{s:g}"): s * factor for text, s in paths if s * factor},
+                mixed=pictures.mix,
+            )
+    save_picture(arrange(wishes, drawn), output / "grid.png")
+    print(f"{sum(map(len, drawn.values()))} pictures in {output}, all of them in {output / 'grid.png'}")
+
+
+def arrange(wishes: Sequence[Wish], drawn: dict[str, list[Image.Image]]) -> Image.Image:
+    """Prompts and seeds downwards, strengths to the right; without adapters seeds to the right."""
+    if len(drawn) == 1:
+        (pictures,) = drawn.values()
+        seeds, prompts = list(dict.fromkeys(w.seed for w in wishes)), list(dict.fromkeys(w.prompt for w in wishes))
+        rows = [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
+        return grid(rows, columns=[f"seed {seed}" for seed in seeds], captions=[f"“{prompt}”" for prompt in prompts])
+    rows = [[pictures[i] for pictures in drawn.values()] for i in range(len(wishes))]
+    return grid(rows, columns=list(drawn), captions=[f"“{wish.prompt}”\nseed {wish.seed}" for wish in wishes])
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the fastest there is.
+
+    Raises:
+        InputError: no such device here.
+    """
+    here = [kind for kind, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if there.is_available()]
+    here.append("cpu")
+    if name is not None and name.split(":")[0] not in here:
+        raise InputError(f"--device={name}: not on this machine; there are {', '.join(here)}")
+    return torch.device(name or here[0])
+
+
+def check_size(size: int, pipeline) -> None:
+    """Raises InputError if the UNet cannot halve the picture as often as it must."""
+    multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if size % multiple:
+        near = max(multiple, round(size / multiple) * multiple)
+        raise InputError(f"--resolution={size}: must be a multiple of {multiple} for this model, e.g. {near}")
+
+
+def slug(text: str) -> str:
+    """A file name of what a text says; texts that differ in their first 60 letters have different ones."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")[:60]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
