@@ -1,0 +1,193 @@
+"""The comparison: how it chooses, averages and resumes; and a grid of real runs on a tiny base."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from test_evaluation import load_script
+
+from finetuning.config import InputError, run_command
+from toyworld.judge import AttributeJudge, InstanceJudge
+from toyworld.subjects import photos
+
+compare = load_script("compare")
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "scripts" / "compare.yaml"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Judges with random weights and two subjects, in the embedded folders' formats."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("world")
+    AttributeJudge(widths=(4, 4)).save_pretrained(folder / "judge" / "attributes", config={"widths": [4, 4]})
+    InstanceJudge(widths=(4, 4)).save_pretrained(folder / "judge" / "instances", config={"widths": [4, 4]})
+    for name in ("boat", "mug"):
+        (folder / "subjects" / name).mkdir(parents=True)
+        for k, photo in enumerate(photos(name)[:2]):
+            Image.fromarray(photo).resize((16, 16)).save(folder / "subjects" / name / f"{k}.png")
+        card = {"name": name, "instance_prompt": f"a photo of qwe {name}", "class_prompts": [f"a photo of a {name}"]}
+        (folder / "subjects" / name / "subject.json").write_text(json.dumps(card))
+    return folder
+
+
+def write_grid(path: Path, world: Path, base: Path, **changes: object) -> Path:
+    """A grid of one method, one learning rate: one run to choose, one to report, two steps each."""
+    adapter = {"use_boft": True, "boft_block_size": 4}
+    content = {
+        "output_dir": str(path.parent / "out"),
+        "judge": str(world / "judge"),
+        "subjects": str(world / "subjects"),
+        "baseline": "BOFT",
+        "selection": {"subjects": ["boat"], "seeds": [0]},
+        "report": {"subjects": ["mug"], "seeds": [0]},
+        "choose_by": {"subject_new": 1, "leak": -1},
+        "scoring": {"steps": 1, "guidance": 1},
+        "settings": {
+            "pretrained_model_name_or_path": str(base), "train_batch_size": 1, "max_train_steps": 2,
+            "num_inference_steps": 1, "with_prior_preservation": True, "num_class_images": 1,
+        },
+        "methods": {"BOFT": {"learning_rates": ["1e-3"], "scale_rate": 0.1, "settings": adapter}},
+        **changes,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def command(*arguments: object) -> int:
+    return run_command(compare.main, [str(a) for a in arguments])
+
+
+def test_a_grid_of_two_runs_in_pieces(world, toy_base, tmp_path, capsys):
+    path = write_grid(tmp_path / "grid.yaml", world, toy_base)
+    assert command(path, "--limit=1") == 0
+    runs = tmp_path / "out" / "runs" / "BOFT" / "lr-0.001"
+    first = runs / "boat" / "seed-0" / "scores.json"
+    assert first.is_file() and not (runs / "mug").exists()
+    assert "0 of 1 reported runs" in capsys.readouterr().out
+    before = first.stat().st_mtime_ns
+
+    assert command(path) == 0
+    assert first.stat().st_mtime_ns == before, "what is done is not done again"
+    scores = json.loads((runs / "mug" / "seed-0" / "scores.json").read_text())
+    assert set(scores["tuned"]) == set(compare.SCORES) and scores["trained"] > 0 and scores["images_per_second"] > 0
+    assert yaml.safe_load((runs / "mug" / "seed-0" / "config.yaml").read_text())["boft_scale_learning_rate"] == 1e-4
+    results = tmp_path / "out" / "results"
+    text = (results / "README.md").read_text()
+    (row,) = csv.DictReader((results / "runs.csv").read_text().splitlines())
+    assert row["individual"] == "mug" and float(row["subject"]) == scores["tuned"]["subject"]
+    assert "1 of 1 reported runs, 2 steps each" in text and f"{scores['tuned']['subject']:.3f}" in text
+    for name in ("means.csv", "runs.csv", "selection.md", "scores.png", "tradeoff.png", "selection.png"):
+        assert (results / name).stat().st_size > 0, name
+
+    assert command(path) == 0, "nothing left to do"
+    changed = write_grid(tmp_path / "grid.yaml", world, toy_base, scoring={"steps": 1, "guidance": 1})
+    content = yaml.safe_load(changed.read_text())
+    content["settings"]["train_batch_size"] = 2
+    changed.write_text(yaml.safe_dump(content))
+    first.unlink()
+    assert command(changed) == 2
+    assert "another train_batch_size" in capsys.readouterr().err
+
+
+def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1) -> list[dict]:
+    base = dict.fromkeys(compare.SCORES, 0.0)
+    return [
+        {"method": m, "individual": s, "seed": k, "learning_rate": rate, **dict.fromkeys(compare.SCORES, v),
+         "trained": 7, "images_per_second": 2.0, "base": base}
+        for (m, s, k), v in values.items()
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def grid(world, toy_base, tmp_path):
+    settings = {"use_lora": True}
+    methods = {n: {"learning_rates": [0.1, 0.2, 0.3], "settings": settings} for n in ("a", "b")}
+    return compare.read_grid(write_grid(tmp_path / "g.yaml", world, toy_base, methods=methods, baseline="a"))
+
+
+def test_seeds_are_averaged_before_subjects_and_differences_are_paired(grid):
+    rows = rows_of({
+        ("a", "x", 0): 1, ("a", "x", 1): 3, ("a", "y", 0): 6, ("a", "y", 1): 6,
+        ("b", "x", 0): 3, ("b", "x", 1): 3, ("b", "y", 0): 7, ("b", "y", 1): 7,
+    })  # fmt: skip
+    means, differences = compare.summary(grid, rows)
+    a, b = means[1], means[2]
+    assert (a["subject"], b["subject"]) == (4, 5) and a["subjects"] == 2 and a["runs"] == 4
+    assert a["subject ±"] == pytest.approx(12.706 * np.std([2, 6], ddof=1) / math.sqrt(2))
+    assert [d["method"] for d in differences] == ["b"]
+    assert differences[0]["subject"] == 1 and differences[0]["subject ±"] == 0
+
+
+def test_the_learning_rate_is_chosen_where_all_were_tried(grid):
+    tried = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
+    rows = []
+    for rate, value in tried.items():
+        row = rows_of({("a", "boat", 0): value}, rate)[0]
+        rows.append({**row, "leak": 0.0})
+    rates, table = compare.choose_rates(grid, rows)
+    assert rates == {"a": 0.2} and [row.get("chosen") for row in table] == [None, "yes", None]
+    rates, _ = compare.choose_rates(grid, rows[:2])
+    assert rates == {}, "one rate has not run yet"
+    rows[2]["subject_new"] = 9.0
+    assert "edge" in compare.choose_rates(grid, rows)[1][2]["chosen"]
+
+
+def test_the_plots_bear_one_subject_and_many(grid, tmp_path):
+    rows = rows_of({("a", "x", 0): 0.5, ("b", "x", 0): 0.7, ("b", "y", 0): 0.6})
+    compare.plot_scores(grid, rows, tmp_path / "scores.png")
+    compare.plot_tradeoff(grid, rows, tmp_path / "tradeoff.png")
+    assert (tmp_path / "scores.png").is_file() and (tmp_path / "tradeoff.png").is_file()
+
+
+def test_the_shipped_grid_is_what_it_says():
+    grid = compare.read_grid(SHIPPED)
+    pieces = compare.selection_pieces(grid)
+    reported = compare.report_pieces(grid, {m.name: m.learning_rates[0] for m in grid.methods})
+    text = SHIPPED.read_text()
+    assert (
+        f"{len(pieces) + len(reported)} runs: {len(pieces)} to choose" in text and f"{len(reported)} to report" in text
+    )
+    assert len({p.folder(grid) for p in pieces + reported}) == len(pieces) + len(reported)
+    for piece in {p.method.name: p for p in pieces}.values():
+        compare.check(piece, grid, SHIPPED)
+    factors = {m.settings.get("boft_n_butterfly_factor") for m in grid.methods}
+    assert {1, 2, 4} <= factors and sum("use_lora" in m.settings for m in grid.methods) == 2
+    assert len(grid.report.subjects) >= 6 and len(grid.report.seeds) >= 3
+
+
+CASES = {
+    "the same subjects": ({"report": {"subjects": ["boat"], "seeds": [0]}}, "boat in selection and in report"),
+    "no such subject": ({"report": {"subjects": ["cow"], "seeds": [0]}}, "no subject cow"),
+    "no such score": ({"choose_by": {"beauty": 1}}, "no score beauty"),
+    "no such baseline": ({"baseline": "LoRA"}, "baseline 'LoRA' is no method"),
+    "an unknown key": ({"method": 1}, "unknown key method"),
+    "no learning rates": ({"methods": {"BOFT": {"settings": {}}}}, "learning_rates"),
+    "no seeds": ({"report": {"subjects": ["mug"], "seeds": []}}, "at least one subject and one seed"),
+    "a flag that the trainer does not know": (
+        {"methods": {"BOFT": {"learning_rates": [1], "settings": {"use_bofd": True}}}}, "did you mean use_boft",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_grids_are_one_line(name, world, toy_base, tmp_path, capsys):
+    changes, words = CASES[name]
+    assert command(write_grid(tmp_path / "grid.yaml", world, toy_base, **changes)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and words in error[0], error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_grid(tmp_path):
+    (tmp_path / "grid.yaml").write_text("- a")
+    for path, words in ((tmp_path / "grid.yaml", "expected output_dir"), (tmp_path / "no.yaml", "cannot be read")):
+        with pytest.raises(InputError, match=words):
+            compare.read_grid(path)
