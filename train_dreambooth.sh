@@ -54,12 +54,12 @@ if [[ "$MODEL_NAME" == "$EMBEDDED/base" ]]; then
   # 64 pixels on a CPU. Blocks of 8 in 2 butterfly factors on attention, feed-forward and convolutions: details are drawn
   # where this UNet has no attention. The scale learns at a tenth of the rotations' rate: at theirs, prompts lose control.
   SETTINGS=(
-    --train_batch_size=6 --max_train_steps="${STEPS:-250}"
+    --train_batch_size=6 --max_train_steps="${STEPS:-200}"
     --boft_block_size="${BLOCK_SIZE:-8}" --boft_n_butterfly_factor="${FACTORS:-2}"
-    --boft_target_modules all --boft_scale_learning_rate="${SCALE_RATE:-8e-4}"
-    --learning_rate="${LEARNING_RATE:-8e-3}" --lr_scheduler=polynomial --lr_warmup_steps=20
+    --boft_target_modules all --boft_scale_learning_rate="${SCALE_RATE:-4e-4}"
+    --learning_rate="${LEARNING_RATE:-4e-3}" --lr_scheduler=polynomial --lr_warmup_steps=20
     --adam_weight_decay=0 --num_class_images="${NUM_CLASS_IMAGES:-64}" --sample_batch_size=16
-    --guidance_scale=3 --num_inference_steps=25 --validation_steps=125 --checkpointing_steps=125 --center_crop
+    --guidance_scale=3 --num_inference_steps=25 --validation_steps=100 --checkpointing_steps=100 --center_crop
   )
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')}"
 else

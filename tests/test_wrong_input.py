@@ -17,7 +17,8 @@ from conftest import draw_photo
 from PIL import Image
 from training import flags, run
 
-from finetuning.config import RunError
+from finetuning.config import InputError, RunError
+from finetuning.optimization import make_optimizer
 
 
 class Case:
@@ -298,12 +299,10 @@ def test_an_output_folder_without_permission(toy_base, tmp_path, capsys):
     assert "no permission to write" in capsys.readouterr().err
 
 
-def test_8_bit_adam_without_its_library(toy_base, tmp_path, capsys, monkeypatch):
-    case = Case(tmp_path, toy_base)
+def test_8_bit_adam_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert run(*flags(case.base, case.photos, case.output, "--use_8bit_adam")) == 2
-    assert "pip install bitsandbytes" in capsys.readouterr().err
-    assert not case.output.exists()
+    with pytest.raises(InputError, match="--use_8bit_adam.*pip install bitsandbytes"):
+        make_optimizer([], betas=(0.9, 0.999), epsilon=1e-8, eight_bit=True)
 
 
 def test_a_tracker_that_is_not_installed(toy_base, tmp_path, capsys, monkeypatch):
