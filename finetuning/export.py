@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .adapter import ADAPTER_WEIGHTS
 from .config import InputError
-from .inference import adapters_in_place, merge_adapter
+from .inference import adapters_in_place, effective_weight, merge_adapter
 from .original_layout import original_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,13 +133,13 @@ def save_lora(
 
 def weight_changes(pipeline: StableDiffusionPipeline) -> Iterator[tuple[str, str, Tensor]]:
     """(part, layer, W' - W) of every layer that the adapters at work change, in float32, in the weight's shape."""
-    state = adapters_in_place(pipeline)
-    for part in state.holders:
-        for name, layer in state.layers(part):
-            before = layer.get_base_layer().weight.detach().float().clone()
-            after = _effective_weight(layer).float()
-            if not torch.equal(before, after):
-                yield part, name, after - before
+    with adapters_in_place(pipeline) as state:
+        for part in state.holders:
+            for name, layer in state.layers(part):
+                before = layer.get_base_layer().weight.detach().float()
+                after = effective_weight(layer).detach().float()
+                if not torch.equal(before, after):
+                    yield part, name, after - before
 
 
 def smallest_rank(kept: Tensor, energy: float) -> int:
@@ -160,16 +160,6 @@ def _shares(sigma: Tensor) -> Tensor:
     return energy / energy[-1]
 
 
-@torch.no_grad()
-def _effective_weight(layer: BaseTunerLayer) -> Tensor:
-    """W' of a layer with all its adapters that are at work."""
-    if hasattr(layer, "effective_weight"):  # BOFT
-        names = layer.applied_adapters()
-        return layer.effective_weight(names) if names else layer.get_base_layer().weight
-    weight = layer.get_base_layer().weight
-    return weight + sum(layer.get_delta_weight(n) for n in layer.active_adapters if n in layer.lora_A)
-
-
 # An adapter for stock peft
 
 
@@ -182,36 +172,36 @@ def save_for_peft(pipeline: StableDiffusionPipeline, folder: Path) -> list[str]:
     Raises:
         InputError: several adapters, or a rotation by half a turn, which no skew matrix gives.
     """
-    state = adapters_in_place(pipeline)
-    at_work = [name for name, strength in state.strengths.items() if strength != 0]
-    if len(at_work) != 1:
-        raise InputError(
-            f"a peft folder holds one adapter, at work are {', '.join(at_work) or 'none'}; mix them first"
-        )
-    (name,) = at_work
-    for part, holder in state.holders.items():
-        if name not in holder.peft_config:
-            continue
-        is_boft = holder.peft_type == PeftType.BOFT
-        tensors = {}
-        for layer_name, layer in state.layers(part):
-            key = f"base_model.model.{layer_name}"
-            if is_boft and name in layer.boft_R:
-                tensors[f"{key}.boft_R"] = _composed(layer, name, layer_name)
-                tensors[f"{key}.boft_s"] = layer.scales([name]).view(layer.boft_s[name].shape)
-            elif not is_boft and name in layer.lora_A:
-                tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].weight
-                tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].weight * state.strengths[name]
-        config = holder.peft_config[name]
-        if is_boft:
-            config = replace(config, boft_n_butterfly_factor=1, boft_dropout=0.0, **_blocks(tensors))
-        if biases := state.current_biases(part, name):
-            tensors |= {f"base_model.model.{key}": bias for key, bias in biases.items()}
-            config = replace(config, bias="all")
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, folder / part / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(str(folder / part))
+    with adapters_in_place(pipeline) as state:
+        at_work = state.at_work()
+        if len(at_work) != 1:
+            raise InputError(
+                f"a peft folder holds one adapter, at work are {', '.join(at_work) or 'none'}; mix them first"
+            )
+        (name,) = at_work
+        for part, holder in state.holders.items():
+            if name not in holder.peft_config:
+                continue
+            is_boft = holder.peft_type == PeftType.BOFT
+            tensors = {}
+            for layer_name, layer in state.layers(part):
+                key = f"base_model.model.{layer_name}"
+                if is_boft and name in layer.boft_R:
+                    tensors[f"{key}.boft_R"] = _composed(layer, name, layer_name)
+                    tensors[f"{key}.boft_s"] = layer.scales([name]).view(layer.boft_s[name].shape)
+                elif not is_boft and name in layer.lora_A:
+                    tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].weight
+                    tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].weight * state.strengths[name]
+            config = holder.peft_config[name]
+            if is_boft:
+                config = replace(config, boft_n_butterfly_factor=1, boft_dropout=0.0, **_blocks(tensors))
+            if biases := state.current_biases(part, name):
+                tensors |= {f"base_model.model.{key}": bias for key, bias in biases.items()}
+                config = replace(config, bias="all")
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, folder / part / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            config.save_pretrained(str(folder / part))
     return [
         "the strength: it is in the numbers now, and stock peft has none for BOFT",
         "the factors, if there were several: the same rotation is written as one factor of larger blocks",
@@ -258,6 +248,6 @@ def _rounding(precision: str) -> list[str]:
 
 
 def _lost_biases(pipeline: StableDiffusionPipeline) -> list[str]:
-    state = adapters_in_place(pipeline)
-    count = len({place for name, shifts in state.shifts.items() if state.strengths[name] for place in shifts})
+    with adapters_in_place(pipeline) as state:
+        count = len({place for name in state.at_work() for place in state.shifts[name]})
     return [f"{count} trained biases"] if count else []

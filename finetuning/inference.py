@@ -76,6 +76,7 @@ class InPlace:
     Attributes:
         strengths: of each adapter, by its name.
         holders: peft's holder of all adapters of a part, by the part's name.
+        weights: the base's own, of layers whose effective weight stands in their place, {(part, layer): tensor}.
         biases: the base's own, {(part, layer): tensor}.
         shifts: what an adapter's training has added to them, {adapter: {(part, layer): tensor}}.
         trainable: the base's parameters that required gradients, which peft has frozen.
@@ -83,9 +84,14 @@ class InPlace:
 
     strengths: dict[str, float] = field(default_factory=dict)
     holders: dict[str, PeftModel] = field(default_factory=dict)
+    weights: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     biases: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     shifts: dict[str, dict[tuple[str, str], torch.Tensor]] = field(default_factory=dict)
     trainable: list[torch.nn.Parameter] = field(default_factory=list)
+
+    def at_work(self) -> list[str]:
+        """Adapters that have any strength."""
+        return [name for name, strength in self.strengths.items() if strength != 0]
 
     def layers(self, part: str) -> Iterator[tuple[str, BaseTunerLayer]]:
         """The adapted layers of a part by the names that they have in the base."""
@@ -142,6 +148,7 @@ def load_adapter(
                 "not go on one model. Merge one into the base (scripts/merge.py) and load the other on the result"
             )
     strengths = dict(state.strengths)
+    _release(state)
     state.strengths[name], state.shifts[name] = 0.0, {}
     try:
         for part, source in found.items():
@@ -197,6 +204,7 @@ def mix_adapters(pipeline: StableDiffusionPipeline, weights: Mapping[str, float]
     name = _new_name(name, Path(name), state)
     before = dict(state.strengths)
     _set_strengths(state, dict.fromkeys(state.strengths, 1.0))  # a combination counts strengths, weights are all here
+    _release(state)
     try:
         for holder in state.holders.values():
             here = [adapter for adapter in weights if adapter in holder.peft_config]
@@ -217,15 +225,24 @@ def mix_adapters(pipeline: StableDiffusionPipeline, weights: Mapping[str, float]
 
 def unload_adapter(pipeline: StableDiffusionPipeline) -> None:
     """Take all adapters off: the base's own layers and tensors, untouched."""
-    _leave(pipeline, merge=False)
+    set_strength(pipeline, 0.0)  # which brings weights and biases back
+    _leave(pipeline)
 
 
 def merge_adapter(pipeline: StableDiffusionPipeline) -> None:
-    """Put all adapters at their strengths into the weights, for good; the pipeline then carries none.
+    """Leave all adapters at their strengths in the weights, for good; the pipeline then carries none.
 
-    Computed in float32, then rounded to the base's precision. Pictures differ from the unmerged ones by rounding.
+    Computed in float32, then rounded to the base's precision.
+
+    Raises:
+        InputError: a weight would not be finite; nothing is merged.
     """
-    _leave(pipeline, merge=True)
+    state = _state(pipeline)
+    for part in state.holders:
+        for name, layer in state.layers(part):
+            if not torch.isfinite(layer.get_base_layer().weight).all():
+                raise InputError(f"{part}.{name}: the merged weight is not finite; give a smaller strength")
+    _leave(pipeline)
 
 
 @contextmanager
@@ -239,8 +256,10 @@ def strengths(pipeline: StableDiffusionPipeline, strength: float | Mapping[str, 
         set_strength(pipeline, before)
 
 
-def adapters_in_place(pipeline: StableDiffusionPipeline) -> InPlace:
-    """What is on a pipeline, for those who export it.
+@contextmanager
+def adapters_in_place(pipeline: StableDiffusionPipeline):
+    """What is on a pipeline, for those who export it; for as long as the block lasts, the base's own weights are in
+    their places, and the adapters beside them.
 
     Raises:
         InputError: nothing.
@@ -248,7 +267,22 @@ def adapters_in_place(pipeline: StableDiffusionPipeline) -> InPlace:
     state = _state(pipeline)
     if not state.strengths:
         raise InputError("the pipeline carries no adapter; load one with load_adapter")
-    return state
+    _release(state)
+    try:
+        yield state
+    finally:
+        _bake(state)
+
+
+@torch.no_grad()
+def effective_weight(layer: BaseTunerLayer) -> torch.Tensor:
+    """W' of a layer with all its adapters that are at work, computed in float32, in the precision of W."""
+    weight = layer.get_base_layer().weight
+    if hasattr(layer, "effective_weight"):  # BOFT
+        names = layer.applied_adapters()
+        return layer.effective_weight(names) if names else weight
+    updates = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+    return (weight.float() + sum(updates)).to(weight.dtype) if updates else weight
 
 
 # Placing
@@ -300,20 +334,46 @@ def _bias(module: torch.nn.Module, layer: str) -> torch.nn.Parameter:
 
 def _set_strengths(state: InPlace, strengths: Mapping[str, float]) -> None:
     state.strengths = dict(strengths)
-    at_work = [name for name, strength in strengths.items() if strength != 0]
+    _release(state)
     for part, holder in state.holders.items():
         is_training = holder.get_base_model().training
         for _, layer in state.layers(part):
             layer.train(is_training)  # peft makes adapters in training mode, in which dropout is at work
             for name, strength in strengths.items():
                 layer.set_scale(name, strength)
-            layer.set_adapter(at_work, inference_mode=True)
+    at_work = state.at_work()
     for (part, layer), own in state.biases.items():
         parameter = _bias(state.holders[part].get_base_model(), layer)
         shifts = [strengths[name] * state.shifts[name][part, layer]
                   for name in at_work if (part, layer) in state.shifts[name]]  # fmt: skip
         shifted = (own.float() + sum(shifts)).to(own.dtype) if shifts else own
         parameter.data = shifted.to(parameter.device)
+    _bake(state)
+
+
+def _bake(state: InPlace) -> None:
+    """Put every layer's effective weight in the place of its own, and its adapters to rest.
+
+    So an adapter costs nothing in a forward pass. The base's own tensors are kept, which takes their memory once more.
+    """
+    for part in state.holders:
+        for name, layer in state.layers(part):
+            weight = layer.get_base_layer().weight
+            changed = effective_weight(layer)
+            if changed is not weight:
+                state.weights[part, name] = weight.data
+                weight.data = changed
+            layer.set_adapter([], inference_mode=True)
+
+
+def _release(state: InPlace) -> None:
+    """Put the base's own weights back, bit for bit, and the adapters to work beside them."""
+    for part in state.holders:
+        for name, layer in state.layers(part):
+            weight = layer.get_base_layer().weight
+            if (own := state.weights.pop((part, name), None)) is not None:
+                weight.data = own.to(weight.device, weight.dtype)
+            layer.set_adapter(state.at_work(), inference_mode=True)
 
 
 def _withdraw(state: InPlace, name: str) -> None:
@@ -328,12 +388,11 @@ def _withdraw(state: InPlace, name: str) -> None:
             del state.holders[part]
 
 
-def _leave(pipeline: StableDiffusionPipeline, merge: bool) -> None:
+def _leave(pipeline: StableDiffusionPipeline) -> None:
+    """Take peft's layers off; what stands in the base's layers stays."""
     state = _state(pipeline)
-    if not merge:
-        _set_strengths(state, dict.fromkeys(state.strengths, 0.0))  # which also brings the biases back
     for holder in state.holders.values():
-        holder.merge_and_unload(safe_merge=True) if merge else holder.unload()
+        holder.unload()
     for parameter in state.trainable:
         parameter.requires_grad_(True)
     vars(pipeline).pop("_adapters", None)
