@@ -42,6 +42,7 @@ CHARTS: dict[str, tuple[str, ...]] = {  # title to the metrics drawn together
     "Images a second": ("images_per_second",),
     "Peak memory in GiB": ("peak_memory_gib",),
 }
+NOISY = ("Training loss", "Gradient norm", "Images a second")  # drawn with their running mean
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "Pillow")
 MEANINGS = {
     "subject": "likeness to the subject: 0 = other members of the class, 1 = the subject itself",
@@ -151,7 +152,7 @@ def facts(config: dict[str, Any], metrics: Sequence[dict[str, float]]) -> list[t
 
 
 def charts(metrics: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """{title, curves: [{name, points: [[step, value], …]}]}; metrics that no chart knows get one each."""
+    """{title, is_noisy, curves: [{name, points: [[step, value], …]}]}; metrics that no chart knows get one each."""
     names = [name for name in columns_of(metrics) if name != "step"]
     known = {name for group in CHARTS.values() for name in group}
     groups = {**CHARTS, **{name.replace("_", " "): (name,) for name in names if name not in known}}
@@ -164,7 +165,7 @@ def charts(metrics: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
             if len(points) > 1 or (points and "held_out" in name):
                 curves.append({"name": name.replace("_", " "), "points": thinned(points)})
         if curves:
-            found.append({"title": title, "curves": curves})
+            found.append({"title": title, "is_noisy": title in NOISY, "curves": curves})
     return found
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """A Markdown table; numbers have three digits after the point, missing and undefined ones are dashes."""
     columns = columns or columns_of(rows)
-    numeric = {c for c in columns if any(isinstance(row.get(c), (int, float)) for row in rows)}
+    numeric = {c for c in columns if any(_is_number(row.get(c)) for row in rows)}
     lines = ["| " + " | ".join(columns) + " |", "|" + "".join("--:|" if c in numeric else "---|" for c in columns)]
     lines += ["| " + " | ".join(_shown(row.get(c)) for c in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -73,6 +74,11 @@ def without_nan(value: Any) -> Any:
 
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_number(value: Any) -> bool:
+    """Also the text of one, such as "0.528 ± 0.048"."""
+    return isinstance(value, (int, float)) or bool(re.fullmatch(r"-?\d[\d,.]*( ± .*)?", str(value)))
 
 
 def _shown(value: Any) -> str:

@@ -297,7 +297,11 @@ def overview(runs: Sequence[Path], names: Sequence[str], subjects: Sequence[Subj
         pictures = [open_image(gallery.path(p, 0)) for p in range(min(shown, len(subject.templates)))]
         rows.append([*squares(subject.photos[:2], pictures[0].width), *pictures])
     templates = subjects[0].templates[:shown]
-    columns = ["photo", "photo", *templates] if all(s.templates[:shown] == templates for s in subjects) else []
+    columns = (
+        ["photo", "photo", *(t.replace("{}", "…") for t in templates)]
+        if all(s.templates[:shown] == templates for s in subjects)
+        else []
+    )
     return grid(rows, columns=columns, captions=names)
 
 

@@ -128,7 +128,7 @@ def test_unknown_metrics_get_a_chart_and_undefined_values_none(tmp_path):
         '{"step": 1, "new": 1}\n{"step": 2, "new": NaN}\n{"step": 3, "new": 3}\nnonsense\n'
     )
     (chart,) = charts(read_metrics(tmp_path / "m.jsonl"))
-    assert chart == {"title": "new", "curves": [{"name": "new", "points": [(1, 1), (3, 3)]}]}
+    assert chart == {"title": "new", "is_noisy": False, "curves": [{"name": "new", "points": [(1, 1), (3, 3)]}]}
 
 
 # In a browser, by the WebDriver protocol
