@@ -301,7 +301,7 @@ def test_an_output_folder_without_permission(toy_base, tmp_path, capsys):
 
 def test_8_bit_adam_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match="--use_8bit_adam.*pip install bitsandbytes"):
+    with pytest.raises(InputError, match=r"--use_8bit_adam.*pip install bitsandbytes"):
         make_optimizer([], betas=(0.9, 0.999), epsilon=1e-8, eight_bit=True)
 
 
