@@ -106,7 +106,7 @@ def prompt_grid(count: int = 480) -> tuple[list[str], np.ndarray]:
 
 
 def measure(folder: Path, count: int = 480, renders_count: int = 2000) -> dict:
-    """Measure what lies in `folder`; also writes base_samples.png there: the first 100 pictures, in order."""
+    """Measure what lies in `folder`; also writes base_samples.png there: the first 108 pictures, in order."""
     pipeline = load_pipeline(folder / "base")
     words, model = CLIPTokenizer.from_pretrained(folder / "clip"), load_clip(folder / "clip")
     reader = AttributeJudge.load(folder / "judge" / "attributes")
@@ -126,6 +126,6 @@ def measure(folder: Path, count: int = 480, renders_count: int = 2000) -> dict:
     prompts, wanted = prompt_grid(count)
     pictures = generate(pipeline, prompts, range(count))
     result["base"] = {"images": count, "steps": STEPS, "guidance": GUIDANCE, **accuracy(reader, pictures, wanted)}
-    rows = [[Image.fromarray(x) for x in pictures[r : r + 12]] for r in range(0, min(count, 96), 12)]
+    rows = [[Image.fromarray(x) for x in pictures[r : r + 12]] for r in range(0, min(count, 108), 12)]
     contact_sheet(rows).save(folder / "base_samples.png", optimize=True)
     return result
