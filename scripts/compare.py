@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -250,6 +250,8 @@ def train(piece: Piece, grid: Grid) -> None:
             process.terminate()
             process.wait()
             raise
+    if code < 0:
+        raise RunError(f"{folder}: the trainer was stopped by signal {-code}; the same command goes on")
     if code:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no output"])[-1]
         raise RunError(f"{folder}: the trainer ended with exit code {code}: {last} (all of it: {log})")
@@ -353,6 +355,14 @@ def choose_rates(grid: Grid, rows: Sequence[Row]) -> tuple[dict[str, float], lis
     return rates, table
 
 
+def criterion(grid: Grid) -> str:
+    """What chooses the learning rate, e.g. "subject_new + context − 2 leak"."""
+    terms = [
+        f"{'−' if w < 0 else '+'} {'' if abs(w) == 1 else f'{abs(w):g} '}{name}" for name, w in grid.choose_by.items()
+    ]
+    return " ".join(terms).removeprefix("+ ")
+
+
 def by_subject(rows: Sequence[Row], method: str, name: str) -> dict[str, float]:
     """{subject: mean over seeds} of one score of one method."""
     own = [row for row in rows if row["method"] == method]
@@ -365,7 +375,8 @@ def summary(grid: Grid, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Means with intervals, a row a method; and differences to the baseline, paired by subject."""
     means, differences = [], []
     bases = {row["individual"]: row["base"] for row in rows}
-    means.append({"method": "base model", **{s: mean_of(list(bases.values()), s) for s in SCORES}})
+    facts = dict.fromkeys(("trained", "learning rate", "subjects", "runs"))
+    means.append({"method": "base model", **facts, **{s: mean_of(list(bases.values()), s) for s in SCORES}})
     for method in grid.methods:
         own = [row for row in rows if row["method"] == method.name]
         if not own:
@@ -397,6 +408,8 @@ def shown(rows: Sequence[Row]) -> list[Row]:
             if name.endswith(" ±"):
                 continue
             line[name] = f"{value:.3f} ± {half:.3f}" if half is not None and half == half else value
+            if isinstance(value, int):
+                line[name] = f"{value:,}"
         result.append(line)
     return result
 
@@ -408,7 +421,6 @@ def write_results(grid: Grid, command: str) -> None:
     rates, table = choose_rates(grid, selection)
     pieces = report_pieces(grid, rates)
     rows = read_rows(pieces, grid)
-    chosen_by = " + ".join(f"{weight:g} · {name}" for name, weight in grid.choose_by.items())
     planned = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
     text = [
         "# Comparison\n",
@@ -428,7 +440,7 @@ def write_results(grid: Grid, command: str) -> None:
     if table:
         write_table(folder, "selection", table)
         subjects = ", ".join(grid.selection.subjects)
-        text += [f"## Learning rates, chosen on {subjects} by the largest {chosen_by}\n", markdown(table)]
+        text += [f"## Learning rates, chosen on {subjects} by the largest {criterion(grid)}\n", markdown(table)]
         plot_selection(grid, table, folder / "selection.png")
     write(folder / "README.md", "\n".join(text))
     print("\n".join(text))
@@ -503,7 +515,7 @@ def plot_selection(grid: Grid, table: Sequence[Row], path: Path) -> None:
             chosen = [o for o in own if o[2]]
             axis.plot([o[0] for o in chosen], [o[1] for o in chosen], "o", ms=12, mfc="none", mew=1.6, color=colour)
     axis.set_xlabel("learning rate")
-    axis.set_ylabel(" + ".join(f"{weight:g} · {name}" for name, weight in grid.choose_by.items()))
+    axis.set_ylabel(criterion(grid))
     axis.set_title("Learning rates on the subjects of the selection; rings: chosen", loc="left", fontsize=11)
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.25)
@@ -525,11 +537,19 @@ def main(argv: list[str] | None = None) -> int:
     for piece in {p.method.name: p for p in selection_pieces(grid)}.values():  # the trainer's own checks, before hours
         check(piece, grid, args.grid)
 
-    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C, so that the trainer is stopped with us
     scorer, left = Scorer(grid), sys.maxsize if args.limit is None else args.limit
-    left -= run(selection_pieces(grid), grid, scorer, left, "learning rates")
-    rates, _ = choose_rates(grid, read_rows(selection_pieces(grid), grid))
-    run(report_pieces(grid, rates), grid, scorer, left, "reported runs")
+    try:
+        left -= run(selection_pieces(grid), grid, scorer, left, "learning rates")
+        rates, _ = choose_rates(grid, read_rows(selection_pieces(grid), grid))
+        run(report_pieces(grid, rates), grid, scorer, left, "reported runs")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     write_results(grid, shlex.join(["python", "scripts/compare.py", str(args.grid)]))
     return 0
 
