@@ -76,6 +76,7 @@ class InPlace:
     Attributes:
         strengths: of each adapter, by its name.
         holders: peft's holder of all adapters of a part, by the part's name.
+        resting: peft's layers, (parent, name in it, layer), while the base's layers stand in their places.
         weights: the base's own, of layers whose effective weight stands in their place, {(part, layer): tensor}.
         biases: the base's own, {(part, layer): tensor}.
         shifts: what an adapter's training has added to them, {adapter: {(part, layer): tensor}}.
@@ -84,6 +85,7 @@ class InPlace:
 
     strengths: dict[str, float] = field(default_factory=dict)
     holders: dict[str, PeftModel] = field(default_factory=dict)
+    resting: list[tuple[torch.nn.Module, str, BaseTunerLayer]] = field(default_factory=list)
     weights: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     biases: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     shifts: dict[str, dict[tuple[str, str], torch.Tensor]] = field(default_factory=dict)
@@ -238,10 +240,10 @@ def merge_adapter(pipeline: StableDiffusionPipeline) -> None:
         InputError: a weight would not be finite; nothing is merged.
     """
     state = _state(pipeline)
-    for part in state.holders:
-        for name, layer in state.layers(part):
-            if not torch.isfinite(layer.get_base_layer().weight).all():
-                raise InputError(f"{part}.{name}: the merged weight is not finite; give a smaller strength")
+    for part, name in state.weights:
+        weight = state.holders[part].get_base_model().get_submodule(name).weight
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{part}.{name}: the merged weight is not finite; give a smaller strength")
     _leave(pipeline)
 
 
@@ -352,27 +354,36 @@ def _set_strengths(state: InPlace, strengths: Mapping[str, float]) -> None:
 
 
 def _bake(state: InPlace) -> None:
-    """Put every layer's effective weight in the place of its own, and its adapters to rest.
+    """Put every layer's effective weight into the base's own layer, and that layer in the place of peft's.
 
-    So an adapter costs nothing in a forward pass. The base's own tensors are kept, which takes their memory once more.
+    So an adapter costs nothing in a forward pass, and the modules and weights have the names of a plain pipeline. The
+    base's own tensors are kept aside, which takes their memory once more.
     """
-    for part in state.holders:
-        for name, layer in state.layers(part):
-            weight = layer.get_base_layer().weight
-            changed = effective_weight(layer)
+    for part, holder in state.holders.items():
+        for name, layer in list(state.layers(part)):
+            base = layer.get_base_layer()
+            weight, changed = base.weight, effective_weight(layer)
             if changed is not weight:
                 state.weights[part, name] = weight.data
                 weight.data = changed
-            layer.set_adapter([], inference_mode=True)
+            above, _, attribute = name.rpartition(".")
+            parent = holder.get_base_model().get_submodule(above)
+            parent._modules[attribute] = base
+            state.resting.append((parent, attribute, layer))
 
 
 def _release(state: InPlace) -> None:
-    """Put the base's own weights back, bit for bit, and the adapters to work beside them."""
+    """Put peft's layers back, with the base's own weights in them bit for bit, and the adapters at work beside them."""
+    for parent, attribute, layer in state.resting:
+        parent._modules[attribute] = layer
+    state.resting.clear()
     for part in state.holders:
         for name, layer in state.layers(part):
             weight = layer.get_base_layer().weight
             if (own := state.weights.pop((part, name), None)) is not None:
                 weight.data = own.to(weight.device, weight.dtype)
+            for adapters in layer.adapter_layer_names:  # they have not followed where the pipeline went
+                getattr(layer, adapters).to(weight.device)
             layer.set_adapter(state.at_work(), inference_mode=True)
 
 

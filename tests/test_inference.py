@@ -87,6 +87,7 @@ def test_an_adapter_comes_and_goes_and_leaves_the_base_bit_for_bit(kind, runs, p
     tuned = answer(pipeline)
     assert (tuned - base).abs().mean() > 1e-2
     assert torch.equal(tuned, answer(pipeline))  # no dropout
+    assert [name for name, _ in pipeline.unet.named_modules()] == modules  # nothing that could cost time
 
     set_strength(pipeline, 0)
     assert torch.equal(answer(pipeline), base)
