@@ -373,7 +373,7 @@ def _bake(state: InPlace) -> None:
 
 
 def _release(state: InPlace) -> None:
-    """Put peft's layers back, with the base's own weights in them bit for bit, and the adapters at work beside them."""
+    """Put peft's layers back, with the base's own weights in them bit for bit, and the adapters to work."""
     for parent, attribute, layer in state.resting:
         parent._modules[attribute] = layer
     state.resting.clear()
