@@ -36,7 +36,7 @@ class BOFTLayer(BaseTunerLayer):
     other_param_names = ("boft_dropout", "scaling", "factor_scaling")
 
     # Whether a layer in which nothing trains keeps its rotated weight, a second copy of the base weight, so that an
-    # unmerged adapter costs nothing from the second call on. False: rotate again in every call.
+    # unmerged adapter rotates nothing from the second call on. False: rotate again in every call.
     keep_rotated_weight = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
@@ -116,7 +116,7 @@ class BOFTLayer(BaseTunerLayer):
     def set_factor_scale(self, adapter: str, scales: Sequence[float] | None) -> None:
         """Strength of each factor, B_0 first, on top of the adapter's own; None resets them.
 
-        Zeros remove factors one by one, the paper's free weight interpolation (Section 6.3). s is left alone.
+        Zeros remove factors one by one, the paper's weight interpolation (Figure 10). s is left alone.
 
         Raises:
             ValueError: If the number of values is not m.
@@ -441,13 +441,14 @@ class Conv2d(nn.Module, BOFTLayer):
         return self._from_rows((W * s[:, None]).to(W.dtype))
 
 
-# Multiplicative dropout (BOFT, Section 5).
+# Multiplicative dropout (BOFT, Section 4).
 def drop_blocks(Q: Tensor, p: float) -> Tensor:
     """Replaces blocks of the factors Q (m, D, b, b) by the identity.
 
     Drawn on the device, for every layer and every training step anew: each of the m · D blocks is dropped with
     probability p, independently of all others. Any p > 0 has an effect, the expected share is p, and the result stays
-    orthogonal, so that nothing needs to be rescaled.
+    orthogonal, so that nothing needs to be rescaled. The paper draws in two stages, a share p1 of the components and
+    then a share p2 of the blocks of each; peft and this layer have one p, here with every component drawn (p1 = 1).
     """
     kept = torch.rand(*Q.shape[:2], 1, 1, device=Q.device) >= p
     return torch.where(kept, Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))

@@ -26,7 +26,7 @@ def skew(R: Tensor) -> Tensor:
     return 0.5 * (R - R.mT)
 
 
-# Cayley transform (OFT, https://arxiv.org/abs/2306.07280, Section 3.3).
+# Cayley transform (BOFT, Section 3, with S = -Q of the paper).
 def cayley(S: Tensor) -> Tensor:
     """Orthogonal matrices Q = (I - S)(I + S)⁻¹ of skew-symmetric S, (..., b, b). Never has the eigenvalue -1."""
     return _Cayley.apply(S)
@@ -75,7 +75,7 @@ def _inverse(A: Tensor) -> Tensor:
     return torch.baddbmm(X, X, A @ X, beta=2, alpha=-1).view(shape)  # X (2 I - A X)
 
 
-# One butterfly factor (BOFT, Equation 5), without a permutation matrix.
+# One block butterfly component (BOFT, Section 4), without a permutation matrix.
 def apply_factor(x: Tensor, Q: Tensor, i: int) -> Tensor:
     """x B_i for one factor: the definition, literally. Slow; what the composed form is tested against.
 
@@ -96,7 +96,7 @@ def apply_factor(x: Tensor, Q: Tensor, i: int) -> Tensor:
     return x.unflatten(-2, (D // s, s)).unflatten(-1, (2, r)).transpose(-3, -2).flatten(-4)
 
 
-# The product of the factors (BOFT, Equation 4).
+# R(m, b), the product of the components (BOFT, Section 4).
 def compose(Q: Tensor) -> Tensor:
     """Composes the factors into the super-blocks of B.
 

@@ -8,13 +8,15 @@ from typing import Any
 import yaml
 
 _LOADING = {
-    "full": """from diffusers import StableDiffusionPipeline
+    "full": """import torch
+from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{folder}")""",
-    "adapter": """from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("{folder}", torch_dtype=torch.float32)""",
+    "adapter": """import torch
+from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline = StableDiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
 pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "{folder}/unet").get_base_model(){text_encoder}""",
 }
 _TEXT_ENCODER = """

@@ -65,3 +65,24 @@ def test_the_run_leaves_what_it_should(run):
         STEPS,
         "BOFT",
     )
+
+
+@pytest.mark.slow
+def test_the_code_on_the_card_draws_the_picture(run):
+    code = (run / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    *lines, last = code.strip().splitlines()
+    scope: dict = {}
+    exec("\n".join(lines), scope)
+    scope["pipeline"].set_progress_bar_config(disable=True)
+    image = scope["pipeline"]("a photo of qwe cat in the snow", num_inference_steps=2).images[0]
+    assert last.startswith('pipeline("a photo of qwe cat"')
+    assert image.size == (64, 64) and np.asarray(image).std() > 5
+
+
+@pytest.mark.slow
+def test_the_code_in_the_readme_draws_the_picture(run, tmp_path, monkeypatch):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(ROOT)
+    code = code.replace("data/output/dreambooth", str(run)).replace("mug.png", str(tmp_path / "mug.png"))
+    exec(code, {})
+    assert (tmp_path / "mug.png").stat().st_size > 1000

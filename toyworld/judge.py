@@ -1,4 +1,5 @@
-"""The judge: two small networks that take no part in training the base or an adapter, and say what is in a picture.
+"""The judge: two small networks that no gradient of the base or of an adapter ever saw, and that say what is in a
+picture.
 
 `AttributeJudge` reads category, colour, pattern and context. `InstanceJudge` embeds the individual, whatever its
 context, and gives the subject score: 0 = like others of its category, 1 = like its own renders in new contexts.
@@ -105,6 +106,10 @@ def degrade(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return x.contiguous()
 
 
+def _optimizer(judge: Network) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.02)
+
+
 def train_attributes(folder: Path, workers: int, steps: int, batch: int = 96) -> AttributeJudge:
     """Train the attribute judge on the set "judge" of renders."""
     torch.manual_seed(77)
@@ -119,14 +124,7 @@ def train_attributes(folder: Path, workers: int, steps: int, batch: int = 96) ->
         loss = sum(F.cross_entropy(head, truth[index, k], ignore_index=-1) for k, head in enumerate(logits))
         return loss, {"loss": loss.item()}
 
-    fit(
-        "judge_attributes",
-        judge,
-        loss_of,
-        steps=steps,
-        folder=folder,
-        optimizer=torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.02),
-    )
+    fit("judge_attributes", judge, loss_of, steps=steps, folder=folder, optimizer=_optimizer(judge))
     return judge
 
 
@@ -156,14 +154,7 @@ def train_instances(folder: Path, workers: int, steps: int, people: int = 24, ph
         nearest = (same[torch.arange(len(z)), logits.argmax(1)]).mean()
         return loss, {"loss": loss.item(), "nearest": nearest.item()}
 
-    fit(
-        "judge_instances",
-        judge,
-        loss_of,
-        steps=steps,
-        folder=folder,
-        optimizer=torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.02),
-    )
+    fit("judge_instances", judge, loss_of, steps=steps, folder=folder, optimizer=_optimizer(judge))
     return judge
 
 

@@ -1,7 +1,7 @@
 """A training loop that resumes: a fixed number of steps, randomness from (rank, step), a moving average of weights.
 
-Several processes train as one: each has its own batches, and gradients are averaged after each backward pass. On a CPU
-two processes of one thread are half as fast again as one process of two threads.
+Several processes train as one: each has its own batches, and gradients are averaged after each backward pass. Small
+networks gain little from a second thread, and a second process has no thread to wait for inside a layer.
 """
 
 from __future__ import annotations
