@@ -27,11 +27,9 @@ from finetuning.builders import (
     build_adapters,
     build_base,
     build_optimizer,
-    build_prior_stream,
     build_run,
     build_sampler,
     build_trackers,
-    check_prior,
 )
 from finetuning.checkpoint import Checkpoints, write_folder
 from finetuning.config import InputError, read_config, run_command
@@ -39,6 +37,7 @@ from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_exam
 from finetuning.model_card import model_card
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
 from finetuning.picture import grid, save_picture
+from finetuning.prior import build_prior_stream, check_prior
 from finetuning.randomness import integers, normal, seed_modules
 from finetuning.run import DTYPES
 from finetuning.sampling import evaluating
@@ -205,7 +204,8 @@ class DreamBooth:
             self.schedule,
             config,
             weights=fingerprint,
-            photos=self.photos.fingerprint(),
+            data=self.photos.fingerprint(),
+            data_flag="--instance_data_dir",
             total_batch=self.total_batch,
             scaler=self.run.scaler,
         )

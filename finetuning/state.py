@@ -24,7 +24,8 @@ class TrainingState:
     Attributes:
         adapters: what is trained, by the name of its module, e.g. "unet".
         config: of the run; total_batch: samples in an optimizer step.
-        weights, photos: fingerprints of base model and photos, which count rather than the names of their folders.
+        weights, data: fingerprints of base model and data, which count rather than the names of their folders.
+        data_flag: names the data, e.g. --instance_data_dir.
         scaler: of float16 training, or None.
     """
 
@@ -33,7 +34,8 @@ class TrainingState:
     schedule: LRScheduler
     config: Config
     weights: str
-    photos: str
+    data: str
+    data_flag: str
     total_batch: int
     scaler: torch.amp.GradScaler | None = None
 
@@ -49,7 +51,7 @@ class TrainingState:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "config": self.config.as_dict(),
             "weights": self.weights,
-            "photos": self.photos,
+            "data": self.data,
             "total_batch": self.total_batch,
         }
         save_state(folder, state)
@@ -76,13 +78,13 @@ class TrainingState:
     def _check(self, state: dict[str, Any], folder: Path, last_step: int, may_change: tuple[str, ...]) -> None:
         replaced = (  # by the product of the three sizes of a batch, by fingerprints, by the record of class images
             "train_batch_size", "gradient_accumulation_steps", "pretrained_model_name_or_path", "variant",
-            "instance_data_dir", "class_data_dir",
+            "instance_data_dir", "train_data_dir", "class_data_dir",
         )  # fmt: skip
         faults = contradictions(state["config"], self.config, (*replaced, *may_change))
         if state["weights"] != self.weights:
             faults.append("--pretrained_model_name_or_path: the checkpoint belongs to another base model")
-        if state["photos"] != self.photos:
-            faults.append("--instance_data_dir: the checkpoint was made with other photos or captions")
+        if state["data"] != self.data:
+            faults.append(f"{self.data_flag}: the checkpoint was made with other images or captions")
         if state["total_batch"] != self.total_batch:
             faults.append(
                 f"--train_batch_size × --gradient_accumulation_steps × processes = {self.total_batch}: "

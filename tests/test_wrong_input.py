@@ -413,7 +413,7 @@ def test_resuming_on_other_photos(trained, toy_base, tmp_path, capsys):
     folder = Path(shutil.copytree(trained, tmp_path / "copy"))
     draw_photo(9).save(folder / "photos" / "0.png")
     assert run(*flags(toy_base, folder / "photos", folder / "output", "--resume_from_checkpoint=latest")) == 2
-    assert "other photos or captions" in capsys.readouterr().err
+    assert "other images or captions" in capsys.readouterr().err
 
 
 def test_a_run_error_is_one_line_and_exit_code_1(capsys):
