@@ -16,6 +16,7 @@ from .run import Run, check_writable
 from .sampling import Sampler
 from .settings import (
     AdapterSettings,
+    DreamBoothAdapterSettings,
     ModelSettings,
     ObjectiveSettings,
     OptimizationSettings,
@@ -56,12 +57,12 @@ def build_base(model: ModelSettings, objective: ObjectiveSettings, run: Run) -> 
 
 
 def build_adapters(
-    base: StableDiffusion, settings: AdapterSettings, gradient_checkpointing: bool
+    base: StableDiffusion, settings: DreamBoothAdapterSettings, gradient_checkpointing: bool
 ) -> dict[str, Adapter]:
     """What --use_boft, --use_lora, or neither put on the UNet and, if it is trained, on the text encoder."""
-    adapters = {"unet": _build_adapter(base.unet, settings)}
+    adapters = {"unet": build_adapter(base.unet, settings)}
     if settings.train_text_encoder:
-        adapters["text_encoder"] = _build_adapter(base.text_encoder, settings)
+        adapters["text_encoder"] = build_adapter(base.text_encoder, settings)
     if gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         if settings.train_text_encoder:
@@ -124,7 +125,8 @@ def build_trackers(run: Run, settings: TrackerSettings, config: Config, first_st
         )
 
 
-def _build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter:
+def build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter:
+    """BOFT or LoRA on a module, or all of its weights."""
     if settings.use_boft:
         return add_boft(
             module,

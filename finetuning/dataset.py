@@ -132,11 +132,16 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            return upright_rgb(image, str(path))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The same for an image that is open; `name` stands in the error."""
+    image = ImageOps.exif_transpose(image)
     if min(image.size) < SMALLEST_SIDE:
-        raise InputError(f"{path}: {image.width}×{image.height} pixels are too few to learn from; remove it")
+        raise InputError(f"{name}: {image.width}×{image.height} pixels are too few to learn from; remove it")
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float32)
         image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
@@ -150,12 +155,14 @@ def open_image(path: Path) -> Image.Image:
 class Transform:
     """An image to a square tensor.
 
-    resolution: side in pixels; center_crop: crop in the middle, else at random; random_flip: mirror half of them.
+    resolution: side in pixels; center_crop: crop in the middle, else at random; random_flip: mirror half of them;
+    resampling: how it is resized.
     """
 
     resolution: int
     center_crop: bool = False
     random_flip: bool = False
+    resampling: Image.Resampling = Image.Resampling.LANCZOS
 
     def is_cacheable(self, size: tuple[int, int]) -> bool:
         """Whether an image of this size gives at most two tensors, itself and its mirror image."""
@@ -167,9 +174,13 @@ class Transform:
 
     def __call__(self, image: Image.Image, random: torch.Generator) -> torch.Tensor:
         """Returns (3, resolution, resolution) in [-1, 1]."""
+        return to_tensor(self.square(image, random))
+
+    def square(self, image: Image.Image, random: torch.Generator) -> Image.Image:
+        """The crop, mirrored or not; equal generators treat images of one size alike."""
         flip = self.flips(random)
         image = self.crop(image, random)
-        return to_tensor(ImageOps.mirror(image) if flip else image)
+        return ImageOps.mirror(image) if flip else image
 
     def crop(self, image: Image.Image, random: torch.Generator | None = None) -> Image.Image:
         """A square of the resized image: in the middle, or where `random` puts it."""
@@ -185,7 +196,7 @@ class Transform:
         """The shorter side becomes `resolution`."""
         scale = self.resolution / min(image.size)
         size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
-        return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+        return image if size == image.size else image.resize(size, self.resampling)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

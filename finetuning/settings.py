@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """The settings of the trainers, in groups. Names and meanings are those of diffusers' scripts where it has them.
 
-Library functions take plain values; only the two scripts and this file know these classes.
+Library functions take plain values; only the two scripts, the builders and this file know these classes.
 """
 
 from __future__ import annotations
@@ -167,7 +167,6 @@ class AdapterSettings(Group):
     lora_alpha: float | None = setting(None, "LoRA's alpha. None = the rank.", above=0)
     lora_dropout: float = setting(0.0, "Dropout before LoRA's first matrix.", minimum=0, maximum=0.99)
     lora_target_modules: list[str] = setting(["attention"], "As --boft_target_modules, for LoRA.")
-    train_text_encoder: bool = setting(False, "Train the text encoder too, in the same manner as the UNet.")
 
     @property
     def kind(self) -> str:
@@ -187,11 +186,18 @@ class AdapterSettings(Group):
             )
 
     def _without_effect(self, *families: tuple[str, str]) -> Iterator[str]:
-        defaults = AdapterSettings()
+        defaults = type(self)()
         for prefix, flag in families:
             for name, value in vars(self).items():
                 if name.startswith(prefix) and value != getattr(defaults, name):
                     yield f"--{name}={value}: has no effect without {flag}; add it or drop this flag"
+
+
+@dataclass
+class DreamBoothAdapterSettings(AdapterSettings):
+    """What is trained: BOFT, LoRA, or without either the whole model"""
+
+    train_text_encoder: bool = setting(False, "Train the text encoder too, in the same manner as the UNet.")
 
 
 @dataclass
@@ -272,14 +278,20 @@ class ValidationSettings(Group):
     validation_prompt: list[str] = setting([], "One or more prompts, or a .txt file with one a line.", may_change=True)
     num_validation_images: int = setting(1, "Images a prompt.", minimum=1, may_change=True)
     validation_steps: int = setting(100, "Optimizer steps between validations.", minimum=1, may_change=True)
+    guidance_scale: float = setting(7.5, "Classifier-free guidance of class images and validation.", minimum=0)
+    num_inference_steps: int = setting(25, "Denoising steps of class images and validation.", minimum=1)
+
+
+@dataclass
+class DreamBoothValidationSettings(ValidationSettings):
+    """Validation pictures"""
+
     base_prompt: list[str] = setting(
         [],
         "What the base is asked in the final comparison, one for each --validation_prompt, e.g. the same with "
         "'a mug' for 'qwe mug'. None given = the validation prompts.",
         may_change=True,
     )
-    guidance_scale: float = setting(7.5, "Classifier-free guidance of class images and validation.", minimum=0)
-    num_inference_steps: int = setting(25, "Denoising steps of class images and validation.", minimum=1)
 
 
 @dataclass
@@ -314,11 +326,11 @@ class DreamBoothConfig(Config):
     data: DataSettings
     subject: SubjectSettings
     prior: PriorSettings
-    adapter: AdapterSettings
+    adapter: DreamBoothAdapterSettings
     optimization: OptimizationSettings
     objective: ObjectiveSettings
     checkpoints: CheckpointSettings
-    validation: ValidationSettings
+    validation: DreamBoothValidationSettings
     tracking: TrackerSettings
 
     def faults(self) -> Iterator[str]:
