@@ -346,7 +346,7 @@ def toyworld(run: Path, judge: Path = DATA / "judge") -> dict:
         )
     judges = Judges(judge, subject)
     base, pictures = score(partial(generate, load_base(config["pretrained_model_name_or_path"])), judges, word="")
-    tuned, _ = score(partial(generate, load_run(run)), judges, base_pictures=pictures)
+    tuned, _ = score(partial(generate, load_run(run)), judges, base=pictures)
     result = {"subject": subject, "base": asdict(base), "tuned": asdict(tuned)}
     (run / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table({"base model": base, "tuned": tuned}))

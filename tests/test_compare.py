@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -12,11 +11,15 @@ import pytest
 import yaml
 from test_evaluation import load_script
 
+from finetuning.comparison import page, plots, results
+from finetuning.comparison.grid import Point, read_grid
+from finetuning.comparison.running import lock
 from finetuning.config import InputError, run_command
 from toyworld.judge import AttributeJudge, InstanceJudge
 from toyworld.subjects import photos
 
 compare = load_script("compare")
+TASK = compare.ToySubjects()
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "scripts" / "compare.yaml"
 
@@ -41,18 +44,17 @@ def world(tmp_path_factory) -> Path:
 def write_grid(path: Path, world: Path, base: Path, **changes: object) -> Path:
     """A grid of one method, one learning rate: one run to choose, one to report, two steps each."""
     adapter = {"use_boft": True, "boft_block_size": 4}
+    folders = {"judge": str(world / "judge"), "subjects": str(world / "subjects")}
     content = {
         "output_dir": str(path.parent / "out"),
-        "judge": str(world / "judge"),
-        "subjects": str(world / "subjects"),
         "baseline": "BOFT",
         "selection": {"subjects": ["boat"], "seeds": [0]},
         "report": {"subjects": ["mug"], "seeds": [0]},
         "choose_by": {"subject_new": 1, "leak": -1},
-        "scoring": {"steps": 1, "guidance": 1},
+        "scoring": {"steps": 2, "guidance": 1, "scheduler": "dpm++", **folders},
         "settings": {
             "pretrained_model_name_or_path": str(base), "train_batch_size": 1, "max_train_steps": 2,
-            "num_inference_steps": 1, "with_prior_preservation": True, "num_class_images": 1,
+            "num_inference_steps": 1, "with_prior_preservation": True, "num_class_images": 1, "checkpointing_steps": 1,
         },
         "methods": {"BOFT": {"learning_rates": ["1e-3"], "scale_rate": 0.1, "settings": adapter}},
         **changes,
@@ -66,42 +68,58 @@ def command(*arguments: object) -> int:
 
 
 def test_a_grid_of_two_runs_in_pieces(world, toy_base, tmp_path, capsys):
-    path = write_grid(tmp_path / "grid.yaml", world, toy_base)
-    assert command(path, "--limit=1") == 0
+    sweeps = {
+        "steps": {"values": [1], "seeds": [0]},
+        "strengths": {"values": [0.5], "seeds": [0], "methods": ["BOFT"]},
+    }
+    path = write_grid(tmp_path / "grid.yaml", world, toy_base, **sweeps)
     runs = tmp_path / "out" / "runs" / "BOFT" / "lr-0.001"
-    first = runs / "boat" / "seed-0" / "scores.json"
-    assert first.is_file() and not (runs / "mug").exists()
+    first, mug = runs / "boat" / "seed-0" / "scores.json", runs / "mug" / "seed-0"
+    with lock(first.parent / "claim"):
+        assert command(path) == 0
+        assert not first.is_file(), "another process is at it"
+    assert command(path, "--limit=1") == 0
+    assert first.is_file() and not mug.exists()
     assert "0 of 1 reported runs" in capsys.readouterr().out
     before = first.stat().st_mtime_ns
 
     assert command(path) == 0
     assert first.stat().st_mtime_ns == before, "what is done is not done again"
-    scores = json.loads((runs / "mug" / "seed-0" / "scores.json").read_text())
-    assert set(scores["tuned"]) == set(compare.SCORES) and scores["trained"] > 0 and scores["images_per_second"] > 0
-    assert yaml.safe_load((runs / "mug" / "seed-0" / "config.yaml").read_text())["boft_scale_learning_rate"] == 1e-4
-    results = tmp_path / "out" / "results"
-    text = (results / "README.md").read_text()
-    (row,) = csv.DictReader((results / "runs.csv").read_text().splitlines())
-    assert row["individual"] == "mug" and float(row["subject"]) == scores["tuned"]["subject"]
-    assert "1 of 1 reported runs, 2 steps each" in text and f"{scores['tuned']['subject']:.3f}" in text
-    for name in ("means.csv", "runs.csv", "selection.md", "scores.png", "tradeoff.png", "selection.png"):
-        assert (results / name).stat().st_size > 0, name
+    names = ("scores", "scores-step-1", "scores-strength-0.5")
+    end, half_way, half_strong = (json.loads((mug / f"{name}.json").read_text()) for name in names)
+    assert set(end["tuned"]) == set(TASK.scores) and end["facts"]["trained"] > 0
+    assert end["facts"]["images_per_second"] > 0
+    drifts = [scores["tuned"]["drift"] for scores in (end, half_way, half_strong)]
+    assert len(set(drifts)) == 3 and drifts[0] > drifts[2] > 0, "each point is another model"
+    assert end["base"] == half_way["base"] and not list(mug.glob("checkpoint-*"))
+    assert yaml.safe_load((mug / "config.yaml").read_text())["boft_scale_learning_rate"] == 1e-4
+    assert (mug / "samples.png").stat().st_size > 0
+    folder = tmp_path / "out" / "results"
+    text = (folder / "README.md").read_text()
+    assert "1 of 1 reported runs" in text and f"{end['tuned']['subject']:.3f}" in text
+    for name in ("means.csv", "selection.md", "scores.png", "tradeoff.png", "selection.png"):
+        assert (folder / name).stat().st_size > 0, name
+    rows, facts = page.load(folder / "rows")
+    (row,) = results.ends(rows, "report")
+    assert row["individual"] == "mug" and row["subject"] == end["tuned"]["subject"]
+    assert len(results.where(rows, phase="report", method="BOFT")) == 3 and facts.planned == 1
 
     assert command(path) == 0, "nothing left to do"
-    changed = write_grid(tmp_path / "grid.yaml", world, toy_base, scoring={"steps": 1, "guidance": 1})
-    content = yaml.safe_load(changed.read_text())
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, "scoring": {**content["scoring"], "steps": 3}}))
+    assert command(path) == 2
+    assert "was scored with" in capsys.readouterr().err
     content["settings"]["train_batch_size"] = 2
-    changed.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content))
     first.unlink()
-    assert command(changed) == 2
+    assert command(path) == 2
     assert "another train_batch_size" in capsys.readouterr().err
 
 
-def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1) -> list[dict]:
-    base = dict.fromkeys(compare.SCORES, 0.0)
+def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1, phase: str = "report") -> list[dict]:
     return [
-        {"method": m, "individual": s, "seed": k, "learning_rate": rate, **dict.fromkeys(compare.SCORES, v),
-         "trained": 7, "images_per_second": 2.0, "base": base}
+        {"phase": phase, "method": m, "individual": s, "seed": k, "learning_rate": rate, "step": 9, "strength": 1.0,
+         **dict.fromkeys(TASK.scores, v), "trained": 7}
         for (m, s, k), v in values.items()
     ]  # fmt: skip
 
@@ -110,59 +128,57 @@ def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1) -> lis
 def grid(world, toy_base, tmp_path):
     settings = {"use_lora": True}
     methods = {n: {"learning_rates": [0.1, 0.2, 0.3], "settings": settings} for n in ("a", "b")}
-    return compare.read_grid(write_grid(tmp_path / "g.yaml", world, toy_base, methods=methods, baseline="a"))
+    return read_grid(write_grid(tmp_path / "g.yaml", world, toy_base, methods=methods, baseline="a"), TASK)
 
 
-def test_seeds_are_averaged_before_subjects_and_differences_are_paired(grid):
+def test_seeds_are_averaged_before_subjects_and_differences_are_paired():
     rows = rows_of({
         ("a", "x", 0): 1, ("a", "x", 1): 3, ("a", "y", 0): 6, ("a", "y", 1): 6,
-        ("b", "x", 0): 3, ("b", "x", 1): 3, ("b", "y", 0): 7, ("b", "y", 1): 7,
+        ("b", "x", 0): 3, ("b", "x", 1): 3, ("b", "y", 0): 7, ("b", "y", 1): 7, ("b", "z", 0): 90,
     })  # fmt: skip
-    means, differences = compare.summary(grid, rows)
-    a, b = means[1], means[2]
-    assert (a["subject"], b["subject"]) == (4, 5) and a["subjects"] == 2 and a["runs"] == 4
+    way = [{**row, "step": 3, "subject": 50} for row in rows] + [{**row, "strength": 0.5, "leak": 50} for row in rows]
+    means, differences = results.summary([*rows, *way], "a", TASK.scores)
+    a = means[0]
+    assert a["subject"] == a["leak"] == 4 and a["subjects"] == 2 and a["runs"] == 4
     assert a["subject ±"] == pytest.approx(12.706 * np.std([2, 6], ddof=1) / math.sqrt(2))
     assert [d["method"] for d in differences] == ["b"]
-    assert differences[0]["subject"] == 1 and differences[0]["subject ±"] == 0
+    assert differences[0]["subject"] == 1 and differences[0]["subject ±"] == 0 and differences[0]["subjects"] == 2
 
 
 def test_the_learning_rate_is_chosen_where_all_were_tried(grid):
     tried = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
-    rows = []
-    for rate, value in tried.items():
-        row = rows_of({("a", "boat", 0): value}, rate)[0]
-        rows.append({**row, "leak": 0.0})
-    rates, table = compare.choose_rates(grid, rows)
+    rows = [{**rows_of({("a", "boat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in tried.items()]
+    rates, table = results.choose_rates(grid, rows, TASK.scores)
     assert rates == {"a": 0.2} and [row.get("chosen") for row in table] == [None, "yes", None]
-    rates, _ = compare.choose_rates(grid, rows[:2])
+    rates, _ = results.choose_rates(grid, rows[:2], TASK.scores)
     assert rates == {}, "one rate has not run yet"
     rows[2]["subject_new"] = 9.0
-    assert "edge" in compare.choose_rates(grid, rows)[1][2]["chosen"]
+    assert "edge" in results.choose_rates(grid, rows, TASK.scores)[1][2]["chosen"]
 
 
-def test_the_plots_bear_one_subject_and_many(grid, tmp_path):
+def test_the_plots_bear_one_subject_and_many(tmp_path):
     rows = rows_of({("a", "x", 0): 0.5, ("b", "x", 0): 0.7, ("b", "y", 0): 0.6})
-    compare.plot_scores(grid, rows, tmp_path / "scores.png")
-    compare.plot_tradeoff(grid, rows, tmp_path / "tradeoff.png")
+    plots.scores(rows, tmp_path / "scores.png")
+    plots.tradeoff(rows, tmp_path / "tradeoff.png")
     assert (tmp_path / "scores.png").is_file() and (tmp_path / "tradeoff.png").is_file()
 
 
 def test_the_shipped_grid_is_what_it_says():
-    grid = compare.read_grid(SHIPPED)
-    pieces = compare.selection_pieces(grid)
-    reported = compare.report_pieces(grid, {m.name: m.learning_rates[0] for m in grid.methods})
+    grid = read_grid(SHIPPED, TASK)
+    pieces = grid.selection_pieces()
+    reported = grid.report_pieces({m.name: m.learning_rates[0] for m in grid.methods})
     text = SHIPPED.read_text()
     assert (
         f"{len(pieces) + len(reported)} runs: {len(pieces)} to choose" in text and f"{len(reported)} to report" in text
     )
     assert len({p.folder(grid) for p in pieces + reported}) == len(pieces) + len(reported)
-    for piece in {p.method.name: p for p in pieces}.values():
-        compare.check(piece, grid, SHIPPED)
     factors = {m.settings.get("boft_n_butterfly_factor") for m in grid.methods}
     assert {1, 2, 4} <= factors and sum("use_lora" in m.settings for m in grid.methods) == 2
     assert len(grid.report.subjects) >= 6 and len(grid.report.seeds) >= 3
+    assert pieces[0].points(grid) == [Point(grid.last_step)] and len(reported[0].points(grid)) > 3
 
 
+TWO_RATES = {"BOFT": {"learning_rates": [1, 2], "settings": {"use_boft": True}}}
 CASES = {
     "the same subjects": ({"report": {"subjects": ["boat"], "seeds": [0]}}, "boat in selection and in report"),
     "no such subject": ({"report": {"subjects": ["cow"], "seeds": [0]}}, "no subject cow"),
@@ -171,6 +187,12 @@ CASES = {
     "an unknown key": ({"method": 1}, "unknown key method"),
     "no learning rates": ({"methods": {"BOFT": {"settings": {}}}}, "learning_rates"),
     "no seeds": ({"report": {"subjects": ["mug"], "seeds": []}}, "at least one subject and one seed"),
+    "rates to choose, and nothing to choose on": ({"selection": {}, "methods": TWO_RATES}, "give it one of learning"),
+    "a step that no checkpoint has": ({"steps": {"values": [2], "seeds": [0]}}, "steps: 2: not before the last step"),
+    "strengths of no method": (
+        {"strengths": {"values": [2], "seeds": [0], "methods": ["LoRA"]}}, "strengths: LoRA is no method",
+    ),
+    "no such scheduler": ({"scoring": {"scheduler": "fast"}}, "no scheduler fast"),
     "a flag that the trainer does not know": (
         {"methods": {"BOFT": {"learning_rates": [1], "settings": {"use_bofd": True}}}}, "did you mean use_boft",
     ),
@@ -190,4 +212,4 @@ def test_a_file_that_is_no_grid(tmp_path):
     (tmp_path / "grid.yaml").write_text("- a")
     for path, words in ((tmp_path / "grid.yaml", "expected output_dir"), (tmp_path / "no.yaml", "cannot be read")):
         with pytest.raises(InputError, match=words):
-            compare.read_grid(path)
+            read_grid(path, TASK)

@@ -68,6 +68,11 @@ class AttributeJudge(Network):
         logits = [self(pixels(images[i : i + 256])) for i in range(0, len(images), 256)]
         return torch.cat([torch.stack([head.argmax(1) for head in batch], 1) for batch in logits]).numpy()
 
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> torch.Tensor:
+        """What the attributes are read from, (N, 4 · widths[-1]), of uint8 images (N, 64, 64, 3)."""
+        return torch.cat([self.trunk(pixels(images[i : i + 256])) for i in range(0, len(images), 256)])
+
 
 class InstanceJudge(Network):
     """Embeds the individual in pictures in [-1, 1], (N, 3, 64, 64): unit vectors (N, 64)."""

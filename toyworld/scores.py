@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .captions import plain_caption
-from .judge import AttributeJudge, InstanceJudge
+from .judge import COUNTS, AttributeJudge, InstanceJudge
 from .scene import CATEGORIES, COLOURS, CONTEXTS, PATTERNS
 from .subjects import PHOTOGRAPHED, SUBJECTS, TOKEN, others, photos
 
 Generate = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds -> uint8 (N, 64, 64, 3)
 NEW = tuple(k for k in range(len(CONTEXTS)) if k not in PHOTOGRAPHED)
+PLAIN = 20  # pictures of the plain class prompt
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Scores:
         subject_new: the same, in the contexts that no photo shows.
         category, context: share of those pictures that show the class, and the context of the prompt.
         leak: likeness of pictures of the plain class prompt to the subject; 0 is right.
+        prior_attributes: how far category, colour, pattern and context of those pictures are distributed otherwise
+            than in the base model's: total variation, mean over the four, 0 = alike, 1 = disjoint.
+        prior_features: the same of the judge's features, by `energy_distance`.
         others: attributes right in pictures of other captions, mean over category, colour, pattern and context.
         drift: mean absolute difference of those pictures to the base model's, in units of the full range.
     """
@@ -35,8 +40,39 @@ class Scores:
     category: float
     context: float
     leak: float
+    prior_attributes: float
+    prior_features: float
     others: float
     drift: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a model was scored on, uint8 (N, 64, 64, 3) each.
+
+    Attributes:
+        subject: of `subject_prompts`; plain: of the class prompt; other: of `other_prompts`.
+    """
+
+    subject: np.ndarray
+    plain: np.ndarray
+    other: np.ndarray
+
+
+def total_variation(a: np.ndarray, b: np.ndarray, count: int) -> float:
+    """Half the sum of the differences between the shares of the values 0 … count - 1 in (N,) and in (M,)."""
+    shares = [np.bincount(values, minlength=count) / len(values) for values in (a, b)]
+    return float(np.abs(shares[0] - shares[1]).sum() / 2)
+
+
+def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Between the distributions of features (N, d) and (M, d): 0 = the same sample, 1 = two different points.
+
+    1 - (E|A-A'| + E|B-B'|) / 2E|A-B|, the energy coefficient of inhomogeneity (Székely and Rizzo 2013).
+    """
+    a, b = a.double(), b.double()
+    across, within = torch.cdist(a, b).mean(), (torch.cdist(a, a).mean() + torch.cdist(b, b).mean()) / 2
+    return float(1 - within / across) if across > 0 else 0.0
 
 
 class Judges:
@@ -84,35 +120,46 @@ def other_prompts(category: str, count: int = 60) -> tuple[list[str], np.ndarray
 
 
 def score(
-    generate: Generate, judges: Judges, word: str = TOKEN, base_pictures: np.ndarray | None = None
-) -> tuple[Scores, np.ndarray]:
+    generate: Generate, judges: Judges, word: str = TOKEN, base: Pictures | None = None
+) -> tuple[Scores, Pictures]:
     """Generate what the scores need and judge it.
 
     Args:
         generate: the model that is scored.
         word: the subject's rare word; "" scores a model that does not know the subject.
-        base_pictures: the base model's pictures of the other captions; None = this is the base model.
+        base: the base model's pictures; None = this is the base model.
 
     Returns:
-        The scores, and the pictures of the other captions, to be passed when the tuned model is scored.
+        The scores, and the pictures, those of the base to be passed when the tuned model is scored.
     """
     prompts, contexts = subject_prompts(judges.category, word)
-    pictures = generate(prompts, range(1000, 1000 + len(prompts)))
-    read = judges.attributes.read(pictures)
-    plain = generate([plain_caption(judges.category)] * 20, range(3000, 3020))
-    prompts, truth = other_prompts(judges.category)
-    other = generate(prompts, range(2000, 2000 + len(prompts)))
-    reference = other if base_pictures is None else base_pictures
-    result = Scores(
-        subject=judges.subject_score(pictures),
-        subject_new=judges.subject_score(pictures[np.isin(contexts, NEW)]),
+    other, truth = other_prompts(judges.category)
+    pictures = Pictures(
+        subject=generate(prompts, range(1000, 1000 + len(prompts))),
+        plain=generate([plain_caption(judges.category)] * PLAIN, range(3000, 3000 + PLAIN)),
+        other=generate(other, range(2000, 2000 + len(other))),
+    )
+    return judge(pictures, pictures if base is None else base, judges, contexts, truth), pictures
+
+
+def judge(pictures: Pictures, base: Pictures, judges: Judges, contexts: np.ndarray, truth: np.ndarray) -> Scores:
+    """The scores of pictures beside the base model's; contexts (N,) and truth (N, 4): what prompts asked for."""
+    read = judges.attributes.read(pictures.subject)
+    plain, plain_base = (judges.attributes.read(p.plain) for p in (pictures, base))
+    features, features_base = (judges.attributes.features(p.plain) for p in (pictures, base))
+    return Scores(
+        subject=judges.subject_score(pictures.subject),
+        subject_new=judges.subject_score(pictures.subject[np.isin(contexts, NEW)]),
         category=float((read[:, 0] == CATEGORIES.index(judges.category)).mean()),
         context=float((read[:, 3] == contexts).mean()),
-        leak=judges.subject_score(plain),
-        others=float(judges.accuracy(other, truth).mean()),
-        drift=float(np.abs(other.astype(float) - reference).mean() / 255),
+        leak=judges.subject_score(pictures.plain),
+        prior_attributes=float(
+            np.mean([total_variation(plain[:, k], plain_base[:, k], n) for k, n in enumerate(COUNTS)])
+        ),
+        prior_features=energy_distance(features, features_base),
+        others=float(judges.accuracy(pictures.other, truth).mean()),
+        drift=float(np.abs(pictures.other.astype(float) - base.other).mean() / 255),
     )
-    return result, other
 
 
 def table(rows: dict[str, Scores]) -> str:

@@ -1,0 +1,161 @@
+"""From the score files of a grid to rows, and from rows to chosen rates, means and differences with intervals.
+
+A row is a point of a run: {phase, method, learning_rate, individual, seed, step, strength, scores …}. The base model's
+scores are rows too, of the method `BASE`. Means and 95 % confidence intervals are over individuals, the seeds of an
+individual having been averaged: pictures and seeds of one individual are not independent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from ..config import InputError
+from ..evaluation import mean_and_interval
+from ..report import read_metrics
+from ..run import METRICS
+from ..score_table import Row, mean_of
+from .grid import Grid, Piece
+
+BASE = "base model"
+PARTS = ("unet", "text_encoder", "controlnet")
+
+
+def read_rows(pieces: Iterable[Piece], grid: Grid, scores: Sequence[str]) -> list[Row]:
+    """One row for each point that is scored, those of the base model last.
+
+    Raises:
+        InputError: scored otherwise than the grid says.
+    """
+    rows, base = [], {}
+    for piece in pieces:
+        for point in piece.points(grid):
+            if not (path := piece.scores(grid, point)).is_file():
+                continue
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["scoring"] != grid.scoring:
+                raise InputError(f"{path}: was scored with {found['scoring']}, not {grid.scoring}; remove it")
+            key = {"phase": piece.phase, "method": piece.method.name, "learning_rate": piece.learning_rate}
+            key |= {"individual": piece.subject, "seed": piece.seed, "step": point.step, "strength": point.strength}
+            rows.append({**key, **{s: found["tuned"][s] for s in scores}, **found["facts"]})
+            key = {"phase": piece.phase, "method": BASE, "individual": piece.subject}
+            base[piece.subject] = {**key, **{s: found["base"][s] for s in scores}}
+    return [*rows, *base.values()]
+
+
+def facts_of(folder: Path) -> dict[str, float]:
+    """Numbers that a run has trained, and its median speed."""
+    trained = 0
+    for path in (p for part in PARTS for p in (folder / part).glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            trained += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    speeds = [line["images_per_second"] for line in read_metrics(folder / METRICS) if "images_per_second" in line]
+    return {"trained": trained, "images_per_second": float(np.median(speeds)) if speeds else float("nan")}
+
+
+def where(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """The rows whose columns have these values."""
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def ends(rows: Iterable[Row], phase: str) -> list[Row]:
+    """The rows of a phase at the last step and full strength; those of the base model are none."""
+    rows = where(rows, phase=phase)
+    last = max((row["step"] for row in rows if row.get("step")), default=0)
+    return where(rows, step=last, strength=1.0)
+
+
+def methods_of(rows: Iterable[Row]) -> list[str]:
+    """Names of the methods in the order of their first row, without the base model."""
+    return [name for name in dict.fromkeys(row["method"] for row in rows) if name != BASE]
+
+
+def choose_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> tuple[dict[str, float], list[Row]]:
+    """{method: rate} of the methods whose rates have all been tried, and the table that shows why.
+
+    A method with one rate, in a grid without a selection, has chosen it.
+    """
+    rates, table = {}, []
+    wanted = len(grid.selection.subjects) * len(grid.selection.seeds)
+    for method in grid.methods:
+        if not wanted:
+            rates[method.name] = method.learning_rates[0]
+            continue
+        values = {}
+        for rate in method.learning_rates:
+            own = where(rows, method=method.name, learning_rate=rate)
+            if own:
+                means = {s: mean_of(own, s) for s in scores}
+                total = sum(weight * means[s] for s, weight in grid.choose_by.items())
+                row = {"method": method.name, "learning rate": f"{rate:g}", "runs": len(own), "total": total, **means}
+                table.append(row)
+                if len(own) == wanted:
+                    values[rate] = total
+        if len(values) == len(method.learning_rates):
+            rates[method.name] = best = max(values, key=values.get)
+            for row in table:
+                if row["method"] == method.name and row["learning rate"] == f"{best:g}":
+                    at_edge = len(values) > 1 and best in (min(values), max(values))
+                    row["chosen"] = "yes, at the edge of what was tried" if at_edge else "yes"
+    return rates, table
+
+
+def criterion(choose_by: dict[str, float]) -> str:
+    """What chooses the learning rate, e.g. "subject_new + context − 2 leak"."""
+    terms = [f"{'−' if w < 0 else '+'} {'' if abs(w) == 1 else f'{abs(w):g} '}{name}" for name, w in choose_by.items()]
+    return " ".join(terms).removeprefix("+ ")
+
+
+def by_subject(rows: Iterable[Row], method: str, score: str) -> dict[str, float]:
+    """{individual: mean over seeds} of one score of one method."""
+    own = where(rows, method=method)
+    return {s: mean_of(where(own, individual=s), score) for s in dict.fromkeys(row["individual"] for row in own)}
+
+
+def summary(rows: Sequence[Row], baseline: str, scores: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """Means with intervals of the reported runs, a row a method; and differences to the baseline.
+
+    Differences are paired by individual; only those that both methods have count.
+    """
+    reported, means, differences = ends(rows, "report"), [], []
+    bases = where(rows, phase="report", method=BASE)
+    facts = dict.fromkeys(("trained", "learning rate", "subjects", "runs"))
+    if bases:
+        means.append({"method": BASE, **facts, **{s: mean_of(bases, s) for s in scores}})
+    for method in methods_of(reported):
+        own = where(reported, method=method)
+        row: Row = {"method": method, "trained": int(own[0]["trained"])}
+        row |= {"learning rate": f"{own[0]['learning_rate']:g}"}
+        row |= {"subjects": len({r["individual"] for r in own}), "runs": len(own)}
+        difference: Row = {"method": method}
+        other = {name: by_subject(reported, baseline, name) for name in scores}
+        for name in scores:
+            values = by_subject(reported, method, name)
+            row[name], row[f"{name} ±"] = mean_and_interval(list(values.values()))
+            pairs = [values[s] - other[name][s] for s in values if s in other[name]]
+            difference["subjects"] = len(pairs)
+            difference[name], difference[f"{name} ±"] = mean_and_interval(pairs)
+        means.append(row)
+        if method != baseline:
+            differences.append(difference)
+    return means, differences
+
+
+def with_intervals(rows: Sequence[Row]) -> list[Row]:
+    """Means and intervals in one column, for reading."""
+    result = []
+    for row in rows:
+        line = {}
+        for name, value in row.items():
+            half = row.get(f"{name} ±")
+            if name.endswith(" ±"):
+                continue
+            line[name] = f"{value:.3f} ± {half:.3f}" if half is not None and half == half else value
+            if isinstance(value, int):
+                line[name] = f"{value:,}"
+        result.append(line)
+    return result

@@ -1,0 +1,120 @@
+"""Running what is missing of a grid, one run after another; as many processes as one likes may share the work.
+
+A run belongs to the process that holds the lock on its file. The lock goes with the process, however it ends, and the
+trainer inherits it, so that nobody starts a run again while a trainer without its parent still writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import yaml
+
+from ..config import InputError, RunError
+from ..score_table import as_json, write
+from .grid import Grid, Piece, Task
+
+Pieces = Callable[[], Sequence[Piece]]
+
+
+def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callable[[str], None]) -> int:
+    """Train and score what is missing and not claimed by others, at most `limit` runs; returns how many were run.
+
+    Args:
+        pieces: is asked anew after every run, because reported runs follow from what the others have shown.
+    """
+    for count in range(limit):
+        with claim_next(pieces(), grid, task) as (piece, locks):
+            if piece is None:
+                return count
+            say(str(piece.folder(grid).relative_to(grid.output_dir / "runs")))
+            train(piece, grid, task, locks)
+            if images := shared_folder(piece, grid, task):
+                images.with_suffix(".complete").touch()
+            for point in piece.points(grid):
+                if not piece.scores(grid, point).is_file():
+                    write(piece.scores(grid, point), as_json(task.score(piece, point, grid)))
+            for checkpoint in piece.folder(grid).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+    return limit
+
+
+@contextmanager
+def claim_next(pieces: Sequence[Piece], grid: Grid, task: Task) -> Iterator[tuple[Piece | None, list[int]]]:
+    """The first piece that is missing and that nobody else works on, and its locks; (None, []) if there is none.
+
+    Class images are made by the first run that needs them; until they are there, other runs that need them wait.
+    """
+    for piece in pieces:
+        if piece.is_complete(grid):
+            continue
+        files = [piece.folder(grid) / "claim"]
+        images = shared_folder(piece, grid, task)
+        if images and not images.with_suffix(".complete").exists():
+            files.append(images.with_suffix(".claim"))
+        with ExitStack() as stack:
+            locks = [stack.enter_context(lock(file)) for file in files]
+            if None not in locks and not piece.is_complete(grid):
+                yield piece, locks
+                return
+    yield None, []
+
+
+@contextmanager
+def lock(file: Path) -> Iterator[int | None]:
+    """The descriptor of a locked file, or None if another process holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    except BlockingIOError:
+        yield None
+    finally:
+        os.close(descriptor)
+
+
+def shared_folder(piece: Piece, grid: Grid, task: Task) -> Path | None:
+    """Where the class images of a run lie."""
+    folder = piece.settings(grid, task).get("class_data_dir")
+    return Path(folder) if folder else None
+
+
+def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> None:
+    """Run the trainer, or what is left of an interrupted run.
+
+    Raises:
+        InputError: the folder holds a run with other settings.
+        RunError: the trainer has failed.
+    """
+    folder = piece.folder(grid)
+    path, settings = folder / "grid.yaml", piece.settings(grid, task)
+    if path.is_file() and (before := yaml.safe_load(path.read_text(encoding="utf-8"))) != settings:
+        names = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+        raise InputError(f"{folder}: was run with another {', '.join(names)}; give another output_dir or remove it")
+    write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    if (folder / "trained").exists():
+        return
+    log = folder / "train.log"
+    command = [sys.executable, str(task.trainer), f"--config={path}"]
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=locks)
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C reaches the trainer too, which saves a checkpoint
+            process.terminate()
+            process.wait()
+            raise
+    if code < 0:
+        raise RunError(f"{folder}: the trainer was stopped by signal {-code}; the same command goes on")
+    if code:
+        last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no output"])[-1]
+        raise RunError(f"{folder}: the trainer ended with exit code {code}: {last} (all of it: {log})")
+    (folder / "trained").touch()
