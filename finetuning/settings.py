@@ -309,13 +309,21 @@ class TrackerSettings(Group):
         "boft-finetuning", "Project in the tracker.", aliases=("wandb_project_name",), may_change=True
     )
     wandb_run_name: str | None = setting(None, "Name of the run. None = the output folder's.", may_change=True)
-    push_to_hub: bool = setting(False, "Upload the result to the hub.", may_change=True)
-    hub_model_id: str | None = setting(None, "Repository on the hub.", may_change=True)
-    hub_token: str | None = setting(None, "Token for the hub.", secret=True, may_change=True)
+    push_to_hub: bool = setting(False, "Upload the result to the hub; asked before training.", may_change=True)
+    hub_model_id: str | None = setting(
+        None,
+        "Repository on the hub, owner/name. None = the output folder's name, of the token's user.",
+        may_change=True,
+    )
+    hub_token: str | None = setting(
+        None, "Token for the hub. None = the one of HF_TOKEN or of `hf auth login`.", secret=True, may_change=True
+    )
 
     def faults(self) -> Iterator[str]:
-        if self.push_to_hub or self.hub_model_id or self.hub_token:
-            yield "--push_to_hub, --hub_model_id, --hub_token: not supported yet; upload the output folder by hand"
+        for name in ("hub_model_id", "hub_token"):
+            if getattr(self, name) and not self.push_to_hub:
+                shown = "" if name == "hub_token" else f"={self.hub_model_id}"
+                yield f"--{name}{shown}: has no effect without --push_to_hub; add it or drop this flag"
 
 
 @dataclass

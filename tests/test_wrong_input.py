@@ -137,7 +137,7 @@ CASES = {
     "unknown tracker": (["--report_to=comet"], ["--report_to=comet", "wandb"]),
     "unknown bias": (["--boft_bias=some"], ["--boft_bias=some", "boft_only"]),
     "unknown prior target": (["--prior_target=x"], ["--prior_target=x", "frozen_model"]),
-    "hub is not there yet": (["--push_to_hub"], ["--push_to_hub", "not supported yet"]),
+    "hub offline": (["--push_to_hub"], ["--push_to_hub", "HF_HUB_OFFLINE"]),
     # Contradictions
     "two adapters": (["--use_lora"], ["--use_boft and --use_lora", "choose one"]),
     "lora's flag for boft": (["--rank=4"], ["--rank=4", "--use_lora"]),
