@@ -19,10 +19,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetuning.launch import launch
+from finetuning.settings import SCHEDULES_WITHOUT_END, DreamBoothConfig
+
+if __name__ == "__main__":
+    launch(DreamBoothConfig, __doc__)
+
 import torch
 from PIL import Image
 
 from finetuning.adapter import disabled
+from finetuning.averages import Averages, applied
 from finetuning.builders import (
     build_adapters,
     build_base,
@@ -42,7 +49,6 @@ from finetuning.prior import build_prior_stream, check_prior
 from finetuning.randomness import integers, normal, seed_modules
 from finetuning.run import DTYPES
 from finetuning.sampling import evaluating
-from finetuning.settings import SCHEDULES_WITHOUT_END, DreamBoothConfig
 from finetuning.stable_diffusion import load_stable_diffusion
 from finetuning.state import TrainingState
 from finetuning.teacher import Teacher
@@ -88,17 +94,23 @@ class DreamBooth:
             optimizer.step()
             self.schedule.step()
             optimizer.zero_grad()
+            if self.averages is not None:
+                self.averages.step()
 
             self.log(step, losses, gradient_norm, learning_rate)
             if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
+                run.check_same(optimizer)
                 if run.is_main:
                     self.checkpoints.save(step, self.state)
                 run.wait()
             if step % config.validation.validation_steps == 0 and run.is_main:
-                self.validate(step)
+                with applied(self.averages):
+                    self.validate(step)
 
+        run.check_same(optimizer)
         if run.is_main and not run.exit_code:
-            self.finish(step)
+            with applied(self.averages):
+                self.finish(step)
         run.close()
         return run.exit_code
 
@@ -198,6 +210,11 @@ class DreamBooth:
             total_batch=self.total_batch,
         )
 
+        self.averages = None
+        if config.averages.use_ema:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.averages = Averages(trained, config.averages.ema_decay)
+
         # Where it begins:
         self.state = TrainingState(
             self.adapters,
@@ -209,6 +226,7 @@ class DreamBooth:
             data_flag="--instance_data_dir",
             total_batch=self.total_batch,
             scaler=self.run.scaler,
+            averages=self.averages,
         )
         self.checkpoints = Checkpoints(self.output, config.checkpoints.checkpoints_total_limit)
         found = self.checkpoints.choose(
@@ -239,7 +257,7 @@ class DreamBooth:
             held_out.append(class_stream)
         if run.is_main:
             self.checkpoints.begin(is_new=self.first_step == 0)
-        run.open(self.output, config, self.first_step)
+        run.open(self.output, config, self.first_step, self.state.weights)
         build_trackers(run, config.tracking, config, self.first_step)
         trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in self.adapters.items())
         run.say(
@@ -295,9 +313,7 @@ class DreamBooth:
         with evaluating(base.unet, base.text_encoder), self.run.autocast():
             for name, batch in zip(("instance", "prior"), self.held_out):
                 n = len(batch.keys)
-                t = torch.arange(n, device=self.run.device) * T // n + T // (
-                    2 * n
-                )  # one from each n-th of the schedule
+                t = torch.arange(n, device=self.run.device) * T // n + T // (2 * n)  # one from each n-th of all
                 x0 = base.encode_images(batch.images, self.seed, batch.keys)
                 text = self.encode_prompts(batch.prompts, base.text_encoder)
                 losses[f"held_out_{name}_loss"] = self.denoising_errors(base.unet, x0, t, text, batch).mean().item()

@@ -81,6 +81,11 @@ class Adapter:
         save_file(self.state(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         self.peft_model.peft_config["default"].save_pretrained(str(folder))
 
+    def size(self) -> int:
+        """Bytes that `save` writes, about."""
+        state = self.module.state_dict() if self.peft_model is None else self.state()
+        return sum(tensor.nbytes for tensor in state.values())
+
     def load(self, folder: Path) -> None:
         """Read what `save` wrote into this adapter.
 

@@ -34,6 +34,9 @@ class Writable(Protocol):
 
     def write(self, folder: Path, step: int) -> None: ...
 
+    def size(self) -> int:
+        """Bytes that it will write, about."""
+
 
 class SaveError(RunError):
     """A checkpoint could not be written; what stood before still stands."""
@@ -65,7 +68,7 @@ class Checkpoints:
         """
         path = self.folder / f"checkpoint-{step}"
         try:
-            write_folder(path, lambda folder: state.write(folder, step))
+            write_folder(path, lambda folder: state.write(folder, step), state.size())
         except SaveError as error:
             standing = self.all()
             last = f"{standing[-1].name} stands" if standing else "there is no earlier checkpoint"
@@ -124,12 +127,19 @@ def step_of(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
     """Make `path` a folder filled by `write`, complete or not at all; one that stood there is replaced.
+
+    size: bytes that this takes, about; without room for them nothing is begun.
 
     Raises:
         SaveError: it cannot be written.
     """
+    free = shutil.disk_usage(_existing(path)).free
+    if free < size:
+        raise SaveError(
+            f"{path} is not written: about {size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free on the disk"
+        )
     unfinished = path.with_name(f"{UNFINISHED}{path.name.replace('checkpoint-', '')}")
     replaced = path.with_name(f"{UNFINISHED}old-{path.name.replace('checkpoint-', '')}")
     try:

@@ -48,6 +48,7 @@ def setting(
     aliases: Sequence[str] = (),
     may_change: bool = False,
     secret: bool = False,
+    folder: str | None = None,
 ) -> Any:
     """A field of a settings group.
 
@@ -58,6 +59,7 @@ def setting(
         aliases: other names of the flag.
         may_change: a resumed run may have another value than its checkpoint.
         secret: never written to a file, a log or a tracker.
+        folder: "always" a local folder, or "perhaps", if it is there, and otherwise a name on the hub.
     """
     metadata = {
         "help": help,
@@ -68,6 +70,7 @@ def setting(
         "aliases": tuple(aliases),
         "may_change": may_change,
         "secret": secret,
+        "folder": folder,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -117,8 +120,13 @@ class Config:
         return type(self)(**groups)
 
     def save(self, path: Path) -> None:
-        """Write a YAML file that `--config` reads back. Secrets are left out."""
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Write a YAML file that `--config` reads back, from any working directory. Secrets are left out."""
+        values = self.as_dict()
+        for _, field in fields_of(self):
+            kind, value = field.metadata["folder"], values.get(field.name)
+            if value is not None and (kind == "always" or (kind == "perhaps" and os.path.exists(value))):
+                values[field.name] = os.path.abspath(value)
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def groups_of(config: Config) -> list[Group]:
@@ -184,21 +192,28 @@ def read_config(cls: type[C], argv: Sequence[str] | None = None, description: st
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a program and return its exit code: 2 if the input is wrong, 1 if the run cannot go on; each with its lines.
+    """Run a program and return its exit code: 2 if the input is wrong, 1 if the run cannot go on, 130 after Ctrl-C.
 
-    `--debug` shows the traceback.
+    Each with its lines; `--debug` shows the traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
         return main([a for a in argv if a != "--debug"]) or 0
-    except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+    except (InputError, RunError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL and not isinstance(error, PermissionError):
             raise
         if debug:
             traceback.print_exc()
-        code = 2 if isinstance(error, InputError) else 1
-        message = f"the disk is full: {error}; free some space" if isinstance(error, OSError) else str(error)
+        code, message = 1, str(error)
+        if isinstance(error, InputError):
+            code = 2
+        elif isinstance(error, PermissionError):
+            code, message = 2, f"{error.filename}: no permission; change its permissions or name another place"
+        elif isinstance(error, KeyboardInterrupt):
+            code, message = 130, "interrupted"
+        elif isinstance(error, OSError):
+            message = f"the disk is full: {error}; free some space"
     if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -9,22 +9,18 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import platform
 import re
-import sys
 import time
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from . import environment
 from .config import InputError, show
 from .run import CONFIG, METRICS
 from .score_table import Row, columns_of, without_nan, write
@@ -43,7 +39,6 @@ CHARTS: dict[str, tuple[str, ...]] = {  # title to the metrics drawn together
     "Peak memory in GiB": ("peak_memory_gib",),
 }
 NOISY = ("Training loss", "Gradient norm", "Images a second")  # drawn with their running mean
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "Pillow")
 MEANINGS = {
     "subject": "likeness to the subject: 0 = other members of the class, 1 = the subject itself",
     "subject_new": "the same, in contexts that no photo shows",
@@ -106,7 +101,7 @@ def collect(run: Path) -> dict[str, Any]:
         "tables": score_tables(run),
         "grid": picture(run / "evaluation" / "grid.png"),
         "configuration": configuration(config),
-        "environment": environment(),
+        "environment": list((environment.read(run) or environment.describe()).items()),
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
 
@@ -245,7 +240,7 @@ def picture(path: Path) -> str | None:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-# Configuration and environment
+# Configuration
 
 
 def configuration(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -270,16 +265,3 @@ def _setting(name: str, value: Any, help: str, is_changed: bool) -> dict[str, An
     if isinstance(value, list) and len(value) > 1:
         text = "\n".join(map(str, value))
     return {"name": name, "value": text, "help": help, "is_changed": is_changed}
-
-
-def environment() -> list[tuple[str, str]]:
-    """Versions and machine where the report is written, (name, value)."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found = [("python", sys.version.split()[0]), ("system", f"{platform.system()} {platform.release()}")]
-    found += [("device", device), ("cores", str(os.cpu_count()))]
-    for package in PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return found

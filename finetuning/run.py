@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from tqdm import tqdm
 
-from .config import Config, InputError
+from . import environment
+from .config import Config, InputError, RunError
 from .picture import save_picture
 from .randomness import seed_modules
 from .trackers import TensorBoard, WandB
@@ -46,11 +47,6 @@ class Run:
     def __init__(self, *, seed: int, accumulation: int = 1, mixed_precision: str = "no", allow_tf32: bool = False):
         if mixed_precision == "fp16" and not torch.cuda.is_available():
             raise InputError("--mixed_precision=fp16: needs a CUDA GPU; use bf16 or no")
-        if _was_launched_alone(os.environ):
-            raise InputError(
-                "accelerate launch --cpu --num_processes=N: starts N processes only through mpirun "
-                "(--mpirun_hostfile), here it started one; use torchrun --nproc_per_node=N train_dreambooth.py …"
-            )
         self.accelerator = Accelerator(
             gradient_accumulation_steps=accumulation,
             mixed_precision=mixed_precision,
@@ -58,8 +54,9 @@ class Run:
         )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise InputError(
-                f"accelerate's {self.accelerator.distributed_type.value} is not supported yet; use plain "
-                "processes (DDP)"
+                f"accelerate's {self.accelerator.distributed_type.value} is not supported: adapters are small, and "
+                "plain processes (DDP) share the work; choose MULTI_GPU in `accelerate config` or accelerate launch "
+                "--multi_gpu"
             )
         if allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -80,12 +77,18 @@ class Run:
 
     # The folder and the trackers
 
-    def open(self, folder: Path, config: Config, first_step: int = 0) -> None:
-        """Make the output folder with the resolved configuration, and cut the log to what a resumed run keeps."""
+    def open(self, folder: Path, config: Config, first_step: int = 0, weights: str = "") -> None:
+        """Make the output folder with the resolved configuration, and cut the log to what a resumed run keeps.
+
+        weights: the base's fingerprint, for environment.json.
+        """
         self.folder = folder
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             config.save(folder / CONFIG)
+            if first_step and (changes := environment.changes(folder)):
+                self.say(f"resumed in another environment, so the bits may differ: {'; '.join(changes)}")
+            environment.write(folder, processes=self.processes, weights=weights)
             log = folder / METRICS
             lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
             kept = [line for line in lines if _step_of_line(line) <= first_step]
@@ -174,6 +177,15 @@ class Run:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def check_same(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises RunError if the processes have come to train different weights. All of them must call."""
+        if self.processes == 1:
+            return
+        sums = [p.detach().double().sum() for g in optimizer.param_groups for p in g["params"]]
+        everyone = self.accelerator.gather(torch.stack(sums)[None].view(torch.int64))  # as bits: NaN equals NaN
+        if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
+            raise RunError("the processes have different weights, which should be impossible; nothing is saved")
+
     @property
     def scaler(self):
         """Of float16 training, or None."""
@@ -230,18 +242,12 @@ class Run:
                 signal.signal(number, handler)
 
 
-def _was_launched_alone(environment: Mapping[str, str]) -> bool:
-    """Whether accelerate's CPU launcher was asked for several processes and, there being no MPI, has started one."""
-    is_one = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    return is_one and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
-
-
 def check_writable(folder: Path, flag: str) -> None:
     """Raises InputError if a folder cannot be made or written, without making it."""
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise InputError(f"{flag}={folder}: is a file; give a folder")
     place = folder
-    while not place.exists():
+    while not os.path.exists(place):  # which is False, too, where one may not look
         place = place.parent
     if not place.is_dir():
         raise InputError(f"{flag}={folder}: {place} is a file")

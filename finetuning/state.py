@@ -5,6 +5,7 @@ Randomness is not part of it: it follows from the seed and the position, see ran
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapter import Adapter
+from .averages import Averages
 from .checkpoint import load_state, save_state, step_of
 from .config import Config, InputError, contradictions
 
@@ -26,7 +28,7 @@ class TrainingState:
         config: of the run; total_batch: samples in an optimizer step.
         weights, data: fingerprints of base model and data, which count rather than the names of their folders.
         data_flag: names the data, e.g. --instance_data_dir.
-        scaler: of float16 training, or None.
+        scaler: of float16 training, averages: of the weights; or None.
     """
 
     adapters: dict[str, Adapter]
@@ -38,6 +40,12 @@ class TrainingState:
     data_flag: str
     total_batch: int
     scaler: torch.amp.GradScaler | None = None
+    averages: Averages | None = None
+
+    def size(self) -> int:
+        """Bytes of a checkpoint, about: its tensors."""
+        states = [self.optimizer.state_dict(), self.averages.state_dict() if self.averages else {}]
+        return sum(a.size() for a in self.adapters.values()) + sum(t.nbytes for s in states for t in tensors_in(s))
 
     def write(self, folder: Path, step: int) -> None:
         """Adapters or models in their libraries' formats, and the rest beside them."""
@@ -49,6 +57,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "averages": None if self.averages is None else self.averages.state_dict(),
             "config": self.config.as_dict(),
             "weights": self.weights,
             "data": self.data,
@@ -73,6 +82,8 @@ class TrainingState:
         self.schedule.load_state_dict(state["schedule"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if self.averages is not None:
+            self.averages.load_state_dict(state["averages"])
         return state["step"]
 
     def _check(self, state: dict[str, Any], folder: Path, last_step: int, may_change: tuple[str, ...]) -> None:
@@ -94,3 +105,12 @@ class TrainingState:
             faults.append(f"--max_train_steps={last_step}: {folder.name} is beyond that; nothing is left to train")
         if faults:
             raise InputError(*(f"--resume_from_checkpoint={folder.name}: {fault}" for fault in faults))
+
+
+def tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a state_dict, however deep."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors_in(value)

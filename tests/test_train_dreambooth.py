@@ -19,10 +19,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
 from test_checkpoint import largest_file
-from training import assert_same, flags, metrics, optimizer_of, prior_flags, run, weights
+from training import BOFT, assert_same, flags, metrics, optimizer_of, prior_flags, run, weights
 
 from finetuning.checkpoint import damage
+from finetuning.config import read_config
 from finetuning.run import Run
+from finetuning.settings import DreamBoothConfig
+from train_dreambooth import DreamBooth
 
 LORA = ("--use_lora", "--rank=2")
 FULL = ()
@@ -58,8 +61,11 @@ def test_the_output_folder(finished):
     output = finished / "output"
     assert {p.name for p in output.iterdir()} == {
         "unet", "checkpoint-2", "checkpoint-4", "validation", "logs", "metrics.jsonl", "config.yaml", "README.md",
-        "comparison.png",
+        "comparison.png", "environment.json",
     }  # fmt: skip
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ and environment["threads"] == "1"
+    assert environment["weights"] == json.loads((finished / "class" / "record.json").read_text())["weights"]
     assert damage(output / "unet") is None and damage(output / "checkpoint-4") is None
     assert {p.name for p in (output / "validation").iterdir()} == {"validation-000002.png", "validation-000004.png"}
     assert_same(weights(output), weights(output / "checkpoint-4"))
@@ -207,6 +213,17 @@ def test_training_binds_the_photos(toy_base, photos, tmp_path):
 # Variants
 
 
+def test_averages_are_what_is_kept_in_the_end(toy_base, photos, tmp_path):
+    output = tmp_path / "output"
+    assert run(*flags(toy_base, photos, output, "--use_ema", "--max_train_steps=3", "--checkpointing_steps=1")) == 0
+    average, *later = (weights(output / f"checkpoint-{step}") for step in (1, 2, 3))
+    for t, now in enumerate(later, 1):
+        decay = (1 + t) / (10 + t)
+        average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
+    close(weights(output), average, 1e-6)
+    assert max((average[name] - now[name]).abs().max() for name in now) > 1e-3
+
+
 def test_the_frozen_model_as_the_prior_target(toy_base, photos, tmp_path):
     """Before the first update student and teacher agree, so the prior loss begins at 0."""
     more = ["--with_prior_preservation", "--prior_target=frozen_model", "--class_prompt", "a mug", "a red mug"]
@@ -319,6 +336,28 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(toy_base, photos, tmp
     assert len(error) == 1 and "are needed" in error[0] and "checkpoint-2 stands" in error[0]
     assert_same(before, optimizer_of(output / "checkpoint-2"))
     assert run(*arguments, "--resume_from_checkpoint=latest") == 0
+
+
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(toy_base, photos, tmp_path):
+    for flags_of_kind, least in ((BOFT, 0.5), (FULL, 0.9)):  # what is small is half names and settings
+        arguments = flags(toy_base, photos, tmp_path / "output", "--use_ema", adapter=flags_of_kind)
+        trainer = DreamBooth(read_config(DreamBoothConfig, arguments))
+        for _, parameter in trainer.adapters["unet"].named_trainables():
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()
+        folder = tmp_path / trainer.config.adapter.kind
+        trainer.state.write(folder, 1)
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        assert least * written < trainer.state.size() < written
+
+
+def test_resuming_with_another_number_of_threads_is_said(finished, toy_base, tmp_path, capsys):
+    output = tmp_path / "output"
+    shutil.copytree(finished / "output", output)
+    arguments = flags(toy_base, finished / "photos", output, *prior_flags(finished / "class", 5))
+    torch.set_num_threads(2)
+    assert run(*arguments, "--resume_from_checkpoint=latest") == 0
+    assert "the bits may differ: threads was 1, is 2" in capsys.readouterr().err
 
 
 def test_resuming_another_run_lists_the_differences(finished, toy_base, tmp_path, capsys):

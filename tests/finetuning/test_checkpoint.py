@@ -16,12 +16,15 @@ from finetuning.config import InputError
 class State:
     """Writes two files, and may fail between them."""
 
-    def __init__(self, fail: Exception | None = None, size: int = 100):
-        self.fail, self.size = fail, size
+    def __init__(self, fail: Exception | None = None, size: int = 100, expected: int = 0):
+        self.fail, self.bytes, self.expected = fail, size, expected
+
+    def size(self):
+        return self.expected
 
     def write(self, folder, step):
         (folder / "unet").mkdir()
-        (folder / "unet" / "weights").write_bytes(os.urandom(self.size))
+        (folder / "unet" / "weights").write_bytes(os.urandom(self.bytes))
         if self.fail:
             raise self.fail
         (folder / "step").write_text(str(step))
@@ -67,6 +70,16 @@ def test_a_full_disk_is_said_with_the_size(tmp_path):
     with largest_file(50_000), pytest.raises(SaveError, match=r"MB are needed, .*checkpoint-1 stands"):
         checkpoints.save(2, State(size=1_000_000))
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_save_for_which_there_is_no_room_is_not_begun(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(SaveError, match=r"1000000000000\.0 MB are needed, .* free on the disk; there is no earlier"):
+        checkpoints.save(1, State(expected=10**18))
+    assert names(tmp_path) == []
+    checkpoints.save(1, State())
+    with pytest.raises(SaveError, match="checkpoint-1 stands"):
+        checkpoints.save(2, State(fail=AssertionError("begun"), expected=10**18))
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -54,7 +55,19 @@ def test_what_is_saved_reads_back_equal_and_holds_no_secret(tmp_path):
     text = (tmp_path / "c.yaml").read_text()
     assert "secret-token" not in text and "hub_token" not in text and "hub_token" not in config.as_dict()
     again = read_config(DreamBoothConfig, [f"--config={tmp_path / 'c.yaml'}"])
-    assert again.as_dict() == config.as_dict()
+    absolute = {"instance_data_dir": str(Path("photos").absolute())}
+    assert again.as_dict() == {**config.as_dict(), **absolute}
+
+
+def test_the_saved_file_means_the_same_in_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = read("--pretrained_model_name_or_path=owner/base", "--tokenizer_name=owner/name-on-the-hub")
+    config.save(Path("c.yaml"))
+    saved = yaml.safe_load(Path("c.yaml").read_text())
+    assert saved["pretrained_model_name_or_path"] == str(tmp_path / "owner" / "base")
+    assert saved["instance_data_dir"] == str(tmp_path / "photos")
+    assert saved["tokenizer_name"] == "owner/name-on-the-hub" and saved["class_data_dir"] is None
 
 
 def test_all_faults_come_in_one_error():
@@ -126,3 +139,9 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "error: --x=1: wrong\nerror: --y=2: wrong too\n"
     assert run_command(fail, ["--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    assert run_command(interrupt, []) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
