@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
+from .control_pipeline import control_pipeline
 from .dataset import to_image
 from .randomness import normal
 from .stable_diffusion import StableDiffusion
@@ -22,6 +23,7 @@ class Sampler:
         base: the model, with whatever adapter it carries.
         resolution: side in pixels; steps, guidance_scale: of the denoising; batch_size: images at a time.
         precision: of the arithmetic, torch.float32 = plain.
+        control: hint encoder or ControlNet that pictures are drawn by; control_scale: its strength.
     """
 
     base: StableDiffusion
@@ -30,26 +32,44 @@ class Sampler:
     guidance_scale: float
     batch_size: int
     precision: torch.dtype = torch.float32
+    control: torch.nn.Module | None = None
+    control_scale: float = 1.0
 
     def of(self, base: StableDiffusion) -> Sampler:
         """The same for another model."""
         return replace(self, base=base)
 
-    def __call__(self, prompts: Sequence[str], seed: int, keys: Sequence[object]) -> list[Image.Image]:
-        """One picture a prompt. The noise that picture i starts from depends on (seed, keys[i]) alone."""
-        return [image for _, images in self.batches(prompts, seed, keys) for image in images]
+    def controlled(self, control: torch.nn.Module, scale: float = 1.0) -> Sampler:
+        """The same by control images."""
+        return replace(self, control=control, control_scale=scale)
+
+    def __call__(
+        self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
+    ) -> list[Image.Image]:
+        """One picture a prompt. The noise that picture i starts from depends on (seed, keys[i]) alone.
+
+        conditions: with `control`, one for each prompt, (N, channels, resolution, resolution) in [0, 1].
+        """
+        return [image for _, images in self.batches(prompts, seed, keys, conditions) for image in images]
 
     def batches(
-        self, prompts: Sequence[str], seed: int, keys: Sequence[object]
+        self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
     ) -> Iterator[tuple[int, list[Image.Image]]]:
         """As above, batch by batch: (index of the first, pictures)."""
-        pipeline = self.base.pipeline()
+        pipeline = self.base.pipeline() if self.control is None else control_pipeline(self.base, self.control)
         shape, device = self.base.latent_shape(self.resolution), self.base.unet.device
-        modules = (self.base.unet, self.base.text_encoder, self.base.vae)
+        modules = (self.base.unet, self.base.text_encoder, self.base.vae, *([self.control] if self.control else []))
         with torch.no_grad(), evaluating(*modules), self._autocast(device):
             for start in range(0, len(prompts), self.batch_size):
-                chunk = list(prompts[start : start + self.batch_size])
-                noise = normal(shape, seed, "sample", keys[start : start + self.batch_size])
+                part = slice(start, start + self.batch_size)
+                chunk = list(prompts[part])
+                noise = normal(shape, seed, "sample", keys[part])
+                control = {}
+                if self.control is not None:
+                    control = {
+                        "image": conditions[part].to(device),
+                        "controlnet_conditioning_scale": self.control_scale,
+                    }
                 latents = pipeline(
                     prompt=chunk,
                     negative_prompt=[""] * len(chunk),
@@ -57,6 +77,7 @@ class Sampler:
                     num_inference_steps=self.steps,
                     guidance_scale=self.guidance_scale,
                     output_type="latent",
+                    **control,
                 ).images
                 yield start, [to_image(image) for image in self.base.decode(latents.float())]
 

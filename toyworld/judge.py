@@ -91,13 +91,13 @@ class InstanceJudge(Network):
         return torch.cat([self(pixels(images[i : i + 256])) for i in range(0, len(images), 256)])
 
 
-def degrade(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def degrade(x: torch.Tensor, generator: torch.Generator, shift: int = 4) -> torch.Tensor:
     """Shift, blur, re-expose and add noise, so that a judge reads what a generator draws, not only clean renders."""
 
     def u(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    x = torch.roll(x, torch.randint(-4, 5, (2,), generator=generator).tolist(), (2, 3))
+    x = torch.roll(x, torch.randint(-shift, shift + 1, (2,), generator=generator).tolist(), (2, 3))
     x = x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1, generator=generator))
     x = x + 0.06 * torch.randn(len(x), 1, 1, 1, generator=generator)
     if u(0, 1) < 0.5:

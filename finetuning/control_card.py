@@ -1,0 +1,60 @@
+"""The README.md of a ControlNet run's output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_LIGHT = """from PIL import Image
+
+from finetuning.control_inference import load_control_run
+
+pipeline = load_control_run("{folder}")
+control = Image.open("control.png")
+"""
+_FULL = """import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+
+controlnet = ControlNetModel.from_pretrained("{folder}")
+pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+    "{base}", controlnet=controlnet, torch_dtype=torch.float32
+)
+control = Image.open("control.png").convert("RGB")
+"""
+_DRAW = """pipeline("a prompt", image=control, controlnet_conditioning_scale=1.0).images[0]"""
+
+
+def control_card(
+    *, base: str, folder: str, control: str, adapter: str | None, facts: Mapping[str, Any], picture: str
+) -> str:
+    """Markdown with the hub's front matter.
+
+    Args:
+        base: name of the base model; folder: where this card lies; control: light or full; adapter: boft, lora or
+            None; facts: further lines, name to value; picture: file name of a picture in the folder.
+    """
+    tags = ["stable-diffusion", "text-to-image", "controlnet", "diffusers", *([adapter] if adapter else [])]
+    front = {"base_model": base, "library_name": "diffusers", "tags": tags}
+    code = (_FULL if control == "full" and adapter is None else _LIGHT).format(base=base, folder=folder) + _DRAW
+    lines = [
+        f"# {control.capitalize()} control of `{base}`",
+        "",
+        "`hint_encoder/` reads the control image, `unet/` holds the adapter."
+        if control == "light"
+        else "A ControlNet" + (", and an adapter in `unet/`." if adapter else "."),
+        "",
+        f"![controls, results, overlays]({picture})",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+        "",
+        "```python",
+        code,
+        "```",
+        "",
+    ]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)
