@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from boft.functional import linear_reference, rotated_linear, rotated_weight, scale_output
 from boft.memory import RotatedWeight, Solved
-from boft.rotation import apply_blocks, cayley, compose, rotate_weight, skew
+from boft.rotation import apply_blocks, rotate_weight
 from boft.shape import resolve
+from boft.super_blocks import super_blocks
 
 
 class BOFTLayer(BaseTunerLayer):
@@ -159,7 +160,7 @@ class BOFTLayer(BaseTunerLayer):
         again skew-symmetric, and s = 1 + Σ wᵢ (sᵢ - 1). Strengths count; adapters that are not here add nothing."""
         present = [(name, weight) for name, weight in zip(adapters, weights) if name in self.boft_R]
         with torch.no_grad():
-            R = sum(weight * self.solvable(name) for name, weight in present)
+            R = sum(weight * self.scaled_parameters(name) for name, weight in present)
             s = sum(weight * self.scaling[name] * (self.boft_s[name] - 1) for name, weight in present) + 1
             if R.shape != self.boft_R[into].shape:
                 self.set_shape(into, *R.shape[:3])
@@ -184,8 +185,8 @@ class BOFTLayer(BaseTunerLayer):
         """Whether multiplicative dropout is at work."""
         return self.training and self.boft_dropout[adapter] > 0
 
-    def solvable(self, adapter: str) -> Tensor:
-        """R with the strengths in it, (m, D, b, b), at least float32: what the Cayley transform starts from."""
+    def scaled_parameters(self, adapter: str) -> Tensor:
+        """R with the strengths in it, (m, D, b, b), at least float32."""
         R = self.boft_R[adapter]
         R = R if R.dtype == torch.float64 else R.float()
         strengths = self.strengths(adapter)
@@ -193,14 +194,19 @@ class BOFTLayer(BaseTunerLayer):
             return torch.stack([alpha * factor for alpha, factor in zip(strengths, R)])
         return R if strengths[0] == 1 else R * strengths[0]
 
+    def solvable(self, adapter: str) -> Tensor:
+        """What the Cayley transform starts from: the scaled parameters, in training less the dropped blocks."""
+        R = self.scaled_parameters(adapter)
+        if not self.drops(adapter):
+            return R
+        kept = self.solved.kept(adapter)
+        kept = draw_kept_blocks(R, self.boft_dropout[adapter]) if kept is None else kept
+        return torch.where(kept, R, 0)
+
     def super_blocks(self, adapter: str) -> Tensor:
         """The super-blocks of B, (d / K, K, K): those that the model's hook has solved, or solved here."""
-        if self.drops(adapter):
-            Q = self.solved.factors(adapter)
-            Q = cayley(skew(self.solvable(adapter))) if Q is None else Q
-            return compose(drop_blocks(Q, self.boft_dropout[adapter]))
         blocks = self.solved.blocks(adapter)
-        return compose(cayley(skew(self.solvable(adapter)))) if blocks is None else blocks
+        return super_blocks(self.solvable(adapter)) if blocks is None else blocks
 
     def scales(self, adapters: Sequence[str]) -> Tensor:
         """Product of the adapters' scales with their strengths, (o,)."""
@@ -442,16 +448,16 @@ class Conv2d(nn.Module, BOFTLayer):
 
 
 # Multiplicative dropout (BOFT, Section 4).
-def drop_blocks(Q: Tensor, p: float) -> Tensor:
-    """Replaces blocks of the factors Q (m, D, b, b) by the identity.
+def draw_kept_blocks(R: Tensor, p: float) -> Tensor:
+    """Which blocks of the factors R (m, D, b, b) stay, bool (m, D, 1, 1); others become the identity, which is the
+    Cayley transform of zeros.
 
     Drawn on the device, for every layer and every training step anew: each of the m · D blocks is dropped with
     probability p, independently of all others. Any p > 0 has an effect, the expected share is p, and the result stays
     orthogonal, so that nothing needs to be rescaled. The paper draws in two stages, a share p1 of the components and
     then a share p2 of the blocks of each; peft and this layer have one p, here with every component drawn (p1 = 1).
     """
-    kept = torch.rand(*Q.shape[:2], 1, 1, device=Q.device) >= p
-    return torch.where(kept, Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
+    return torch.rand(*R.shape[:2], 1, 1, device=R.device) >= p
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

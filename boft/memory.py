@@ -22,7 +22,8 @@ class Forgotten:
 
 
 class Solved(Forgotten):
-    """Rotations of one layer that the hook of the model has solved together with those of all other layers.
+    """Rotations of one layer that the hook of the model has solved together with those of all other layers, and the
+    blocks that dropout left in them.
 
     They belong to one forward pass of the model, and to the backward pass after it, in which gradient checkpointing
     calls layers again and must find the same tensors. In any other call they would be stale, or part of a graph that
@@ -30,32 +31,32 @@ class Solved(Forgotten):
     """
 
     def __init__(self):
-        self._factors: dict[str, Tensor] = {}
         self._blocks: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self.in_forward = False
-
-    def put_factors(self, adapter: str, Q: Tensor) -> None:
-        self._factors[adapter] = Q
 
     def put_blocks(self, adapter: str, blocks: Tensor) -> None:
         self._blocks[adapter] = blocks
 
-    def factors(self, adapter: str) -> Tensor | None:
-        return self._factors.get(adapter) if self._usable() else None
+    def put_kept(self, adapter: str, kept: Tensor) -> None:
+        self._kept[adapter] = kept
 
     def blocks(self, adapter: str) -> Tensor | None:
         return self._blocks.get(adapter) if self._usable() else None
 
+    def kept(self, adapter: str) -> Tensor | None:
+        return self._kept.get(adapter) if self._usable() else None
+
     def forget(self) -> None:
-        self._factors, self._blocks, self.in_forward = {}, {}, False
+        self.__init__()
 
     def check_grad_mode(self) -> None:
         """Forgets rotations with a graph when gradients are off: reentrant checkpointing runs a layer that way first,
         and again in the backward pass, where the graph of one solution cannot serve several segments."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return
-        if any(tensor.requires_grad for tensor in (*self._factors.values(), *self._blocks.values())):
-            self.forget()
+        if any(tensor.requires_grad for tensor in self._blocks.values()):
+            self._blocks = {}
 
     def _usable(self) -> bool:
         if torch.compiler.is_compiling():

@@ -39,7 +39,8 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx, S: Tensor) -> Tensor:
         I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        Q = _inverse(I + S).mul_(2).sub_(I)
+        # I + S is never singular: no check, which would synchronize with the device
+        Q = torch.linalg.inv_ex(I + S).inverse.mul_(2).sub_(I)
         ctx.save_for_backward(Q)
         return Q
 
@@ -50,29 +51,6 @@ class _Cayley(torch.autograd.Function):
         I = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         A = (Q + I).mT  # 2 (I + S)⁻ᵀ
         return -0.5 * (A @ grad @ A)
-
-
-def _inverse(A: Tensor) -> Tensor:
-    """Inverse of A = I + S, S skew-symmetric, (..., b, b).
-
-    A is never singular, so that `inv_ex` needs no check, which would synchronize with the device. On the CPU, LAPACK
-    takes 15 times as long for 8 × 8 as for 4 × 4 matrices; from there to 12 × 12, the inverse is put together from
-    that of a quarter of A and of its Schur complement (whose symmetric parts are at least I: no pivots are needed)
-    and polished by one Newton step.
-    """
-    b = A.shape[-1]
-    if A.device.type != "cpu" or b not in (8, 10, 12) or torch.compiler.is_compiling():
-        return torch.linalg.inv_ex(A).inverse
-    shape, A = A.shape, A.reshape(-1, b, b)
-    h = b // 2
-    P, U, V, W = A[:, :h, :h], A[:, :h, h:], A[:, h:, :h], A[:, h:, h:]
-    P = torch.linalg.inv_ex(P).inverse
-    VP = V @ P
-    Z = torch.linalg.inv_ex(torch.baddbmm(W, VP, U, alpha=-1)).inverse
-    PUZ = P @ U @ Z
-    X = torch.empty_like(A)
-    X[:, :h, :h], X[:, :h, h:], X[:, h:, :h], X[:, h:, h:] = torch.baddbmm(P, PUZ, VP), -PUZ, -(Z @ VP), Z
-    return torch.baddbmm(X, X, A @ X, beta=2, alpha=-1).view(shape)  # X (2 I - A X)
 
 
 # One block butterfly component (BOFT, Section 4), without a permutation matrix.

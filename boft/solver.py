@@ -13,8 +13,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from boft.layer import BOFTLayer
-from boft.rotation import cayley, compose, skew
+from boft.layer import BOFTLayer, draw_kept_blocks
+from boft.super_blocks import super_blocks
 
 
 class RotationSolver:
@@ -59,22 +59,23 @@ class RotationSolver:
         layers = self.layers(model)
         for layer in layers:
             layer.solved.forget()
+            layer.solved.in_forward = True
             layer.rotated_weight.verified = False
         groups = defaultdict(list)
         for layer in layers:
             for adapter in unsolved(layer):
+                if layer.drops(adapter):
+                    layer.solved.put_kept(
+                        adapter, draw_kept_blocks(layer.boft_R[adapter], layer.boft_dropout[adapter])
+                    )
                 R = layer.solvable(adapter)
-                key = (R.shape[0], R.shape[-1], R.device, R.dtype, layer.drops(adapter))
+                key = (R.shape[0], R.shape[-1], R.device, R.dtype)
                 groups[key].append((layer, adapter, R))
-        for (m, *_, drops), members in groups.items():
-            Q = cayley(skew(torch.cat([R for _, _, R in members], dim=1)))  # (m, ΣD, b, b)
-            blocks = Q if drops else compose(Q)  # (ΣD / 2^(m-1), K, K)
-            sizes = [R.shape[1] if drops else R.shape[1] >> (m - 1) for _, _, R in members]
-            for (layer, adapter, _), part in zip(members, blocks.split(sizes, dim=1 if drops else 0)):
-                put = layer.solved.put_factors if drops else layer.solved.put_blocks
-                put(adapter, part)
-        for layer in layers:
-            layer.solved.in_forward = True
+        for (m, *_), members in groups.items():
+            blocks = super_blocks(torch.cat([R for _, _, R in members], dim=1))  # (Σ D / 2^(m-1), K, K)
+            sizes = [R.shape[1] >> (m - 1) for _, _, R in members]
+            for (layer, adapter, _), part in zip(members, blocks.split(sizes)):
+                layer.solved.put_blocks(adapter, part)
 
     def after_forward(self, model: nn.Module, args, output) -> None:
         if torch.compiler.is_compiling():

@@ -52,9 +52,9 @@ def test_one_solution_for_all_layers(monkeypatch):
     import boft.solver
 
     model, solved = adapted(), []
-    monkeypatch.setattr(boft.layer, "cayley", lambda S: pytest.fail("a layer solved for itself"))
-    original = boft.solver.cayley
-    monkeypatch.setattr(boft.solver, "cayley", lambda S: solved.append(S.shape) or original(S))
+    monkeypatch.setattr(boft.layer, "super_blocks", lambda R: pytest.fail("a layer solved for itself"))
+    original = boft.solver.super_blocks
+    monkeypatch.setattr(boft.solver, "super_blocks", lambda R: solved.append(R.shape) or original(R))
     model(X).sum().backward()
     assert solved == [(1, 8 + 12 + 9, 4, 4)]
 

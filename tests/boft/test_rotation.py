@@ -6,6 +6,7 @@ from dense import dense_linear, dense_rotation
 
 from boft.functional import linear_reference, prefers_weight_side, rotated_linear, rotated_weight
 from boft.rotation import apply_blocks, apply_factor, cayley, compose, dense, rotate_weight, skew
+from boft.super_blocks import CHUNK_BYTES, LARGEST_BLOCK, SMALLEST_BATCH, super_blocks
 
 # (d, b, m): one factor, odd and single blocks, two to full depth, blocks of 2, one super-block and several
 SHAPES = [
@@ -21,6 +22,8 @@ SHAPES = [
     (96, 6, 5),
     (40, 10, 3),
 ]
+# enough groups for the batch to be in the last axis, beside those above, which are too few
+LARGER_SHAPES = [(32, 4, 1), (45, 5, 1), (96, 6, 2), (128, 4, 3), (640, 8, 4), (512, 4, 5), (480, 12, 2)]
 
 
 def parameters(d, b, m, seed=0, std=0.5):
@@ -30,6 +33,30 @@ def parameters(d, b, m, seed=0, std=0.5):
 
 def blocks_of(R):
     return compose(cayley(skew(R)))
+
+
+@pytest.mark.parametrize("d, b, m", LARGER_SHAPES)
+@pytest.mark.parametrize("std", [0.0, 0.5, 30.0], ids=["fresh", "trained", "large"])
+def test_batch_last_is_the_definition(d, b, m, std):
+    assert b <= LARGEST_BLOCK and d // b >= SMALLEST_BATCH << (m - 1)
+    R = parameters(d, b, m, std=std).requires_grad_()
+    fast, slow = super_blocks(R), blocks_of(R)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    assert torch.equal(fast, slow) or std > 0  # a fresh adapter is the identity to the bit
+    weights = torch.randn_like(slow)
+    fast, slow = (torch.autograd.grad((blocks * weights).sum(), R)[0] for blocks in (fast, slow))
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_chunks_of_a_large_batch_join_without_a_seam(m):
+    b, P = 4, 2 ** (m - 1)
+    G = 2 * CHUNK_BYTES // (m * P * b * b * 8) + 5
+    R = parameters(G * P * b, b, m).requires_grad_()
+    fast, slow = super_blocks(R), blocks_of(R)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    fast, slow = (torch.autograd.grad(blocks.pow(3).sum(), R)[0] for blocks in (fast, slow))
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("d, b, m", SHAPES)
@@ -52,11 +79,12 @@ def test_factors_one_by_one_give_the_same(d, b, m):
     torch.testing.assert_close(z, x @ dense_rotation(R))
 
 
-@pytest.mark.parametrize("d, b, m", SHAPES)
-def test_rotation_is_orthogonal(d, b, m):
-    B = dense(blocks_of(parameters(d, b, m, std=3.0)))
+@pytest.mark.parametrize("d, b, m", [*SHAPES, *LARGER_SHAPES])
+@pytest.mark.parametrize("std", [0.1, 3.0, 30.0])
+def test_rotation_is_orthogonal(d, b, m, std):
+    B = dense(super_blocks(parameters(d, b, m, std=std)))
     assert (B @ B.T - torch.eye(d, dtype=B.dtype)).abs().max() < 1e-12
-    B = dense(blocks_of(parameters(d, b, m, std=3.0).float()))
+    B = dense(super_blocks(parameters(d, b, m, std=std).float()))
     assert (B @ B.T - torch.eye(d)).abs().max() < 2e-5
 
 
