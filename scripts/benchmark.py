@@ -4,6 +4,9 @@ python scripts/benchmark.py adapter                 # BOFT and its neighbours on
 python scripts/benchmark.py adapter --dtype bf16 --resolution 64 --rounds 9
 python scripts/benchmark.py adapter --convolutions --measure step
 python scripts/benchmark.py adapter --json adapter.json --plot adapter.png
+python scripts/benchmark.py training                # whole training loops, the trainer beside stock peft
+python scripts/benchmark.py training --base sd15 --batch 1 --resolution 256 --steps 5 --rounds 2
+python scripts/benchmark.py training --grid scripts/compare.yaml      # the methods of a comparison
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -389,6 +393,46 @@ def adapter(args) -> None:
         plot(results, args.plot)
 
 
+def training(args) -> None:
+    import yaml
+
+    from finetuning import throughput
+
+    root = Path(__file__).resolve().parents[1]
+    candidates, embedded = throughput.CANDIDATES, root / "data" / "toyworld" / "base"
+    if args.grid:
+        content = yaml.safe_load(Path(args.grid).read_text())
+        candidates = {
+            name: {**method["settings"], **({"boft_scale_learning_rate": 0} if method.get("scale_rate") == 0 else {})}
+            for name, method in content["methods"].items()
+        }
+        args.batch = content["settings"]["train_batch_size"]
+        args.precision = content["settings"].get("mixed_precision", "no")
+    if args.candidates:
+        candidates = {k: v for k, v in candidates.items() if any(part in k for part in args.candidates)}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        base = embedded if args.base == "embedded" else args.base
+        if args.base == "sd15":
+            base = throughput.write_stable_diffusion(Path(folder, "base"), embedded / "tokenizer")
+        images = throughput.write_images(Path(folder, "images"), args.resolution)
+        work = throughput.Workload(
+            base=str(base), images=str(images), resolution=args.resolution, batch=args.batch, targets=args.targets,
+            precision=args.precision, steps=args.steps, warmup=min(args.warmup, args.steps - 1), threads=args.threads,
+        )  # fmt: skip
+        trainer = root / "train_dreambooth.py"
+        results = throughput.measure(candidates, work, trainer, Path(folder), args.rounds)
+    print(
+        f"{machine(args)}; base {args.base}, mixed precision: {args.precision}, {args.batch} photos and as many class "
+        "images a step"
+    )
+    print(f"{args.resolution} px, targets: {args.targets}; medians over {args.rounds} interleaved rounds\n")
+    print_table(results)
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "run"}
+        content = {"machine": machine(args), "settings": settings, "results": results}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -409,6 +453,21 @@ def main() -> None:
     command.add_argument("--json", help="also write the figures to this file")
     command.add_argument("--plot", help="also draw the step times to this file")
     command.add_argument("--peak", choices=CANDIDATES, help=argparse.SUPPRESS)  # one candidate's process
+
+    command = commands.add_parser("training", help="step time and memory of whole training loops")
+    command.set_defaults(run=training)
+    command.add_argument("--base", default="embedded", help="embedded, sd15 (random weights), or a pipeline's folder")
+    command.add_argument("--grid", help="the methods of a comparison's YAML file, on its batch and in its precision")
+    command.add_argument("--batch", type=int, default=4, help="photos in a step; as many class images come on top")
+    command.add_argument("--resolution", type=int, default=64, help="side in pixels")
+    command.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
+    command.add_argument("--targets", default="attention", help="preset of the adapted layers, or all")
+    command.add_argument("--steps", type=int, default=12, help="of a round")
+    command.add_argument("--warmup", type=int, default=3, help="steps of a round that do not count")
+    command.add_argument("--rounds", type=int, default=3, help="interleaved rounds, each in processes of its own")
+    command.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    command.add_argument("--candidates", nargs="+", help="only candidates whose names contain one of these")
+    command.add_argument("--json", help="also write the figures to this file")
 
     args = parser.parse_args()
     args.run(args)

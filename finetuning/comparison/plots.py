@@ -1,4 +1,4 @@
-"""Plots of a comparison's rows: one colour a method, in all of them."""
+"""Plots of a comparison's rows: one colour a method, the same in all of them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,51 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation import mean_and_interval
 from ..score_table import Row, mean_of
-from .results import by_subject, ends, methods_of, where
+from .results import BASE, by_subject, ends, methods_of, over, where
 
 SHOWN = ("subject", "subject_new", "context", "others", "leak", "drift")
+NAMES = {
+    "subject": "subject: likeness to it (1 = itself)",
+    "subject_new": "subject in new contexts (1 = itself)",
+    "context": "context right",
+    "others": "other captions right",
+    "leak": "leak into the class",
+    "drift": "drift of other captions",
+    "prior_attributes": "drift of the class: attributes",
+    "prior_features": "drift of the class: features",
+}
 
 
-def colours(methods: Sequence[str]) -> dict[str, Any]:
-    return {method: colormaps["tab10"](i % 10) for i, method in enumerate(methods)}
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+def colours(rows: Sequence[Row]) -> dict[str, Any]:
+    """By the order of the methods in all rows of a comparison, so that a method keeps its colour."""
+    return {method: colormaps["tab10"](i % 10) for i, method in enumerate(methods_of(rows))}
 
 
 def scores(rows: Sequence[Row], path: Path, shown: Sequence[str] = SHOWN) -> None:
-    """A panel a score: each method's mean with its interval, its subjects as pale dots."""
-    reported = ends(rows, "report")
+    """A panel a score: each method's mean with its interval, its subjects as pale dots, the base model as a line."""
+    reported, colour = ends(rows, "report"), colours(rows)
     names = methods_of(reported)
-    figure = Figure(figsize=(11, 2 * (1.1 + 0.36 * len(names))), layout="constrained")
+    figure = Figure(figsize=(11, 2 * (1.1 + 0.3 * len(names))), layout="constrained")
     axes = figure.subplots(2, 3, sharey=True)
     for axis, score in zip(axes.flat, shown):
-        for y, (name, colour) in enumerate(colours(names).items()):
+        for y, name in enumerate(names):
             values = list(by_subject(reported, name, score).values())
             mean, half = mean_and_interval(values)
-            axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.3, color=colour)
-            axis.errorbar(mean, y, xerr=None if half != half else half, fmt="o", ms=7, color=colour, capsize=3)
-        axis.set_title(score, loc="left", fontsize=10)
+            axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.3, color=colour[name])
+            axis.errorbar(mean, y, xerr=None if half != half else half, fmt="o", ms=7, color=colour[name], capsize=3)
+        if base := where(rows, phase="report", method=BASE):
+            axis.axvline(mean_of(base, score), color="0.5", lw=1, ls=":")
+        axis.set_title(NAMES.get(score, score), loc="left", fontsize=10)
         axis.set_yticks(range(len(names)), names)
-        axis.grid(axis="x", alpha=0.25)
-        axis.spines[["top", "right", "left"]].set_visible(False)
+        _plain(axis, "x")
     axes.flat[0].invert_yaxis()
-    figure.suptitle("Means over subjects with 95 % confidence intervals", x=0.01, ha="left", fontsize=11)
+    title = "Means over subjects with 95 % confidence intervals; pale: subjects; dotted: the base model"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     _save(figure, path)
 
 
@@ -51,26 +60,83 @@ def tradeoff(rows: Sequence[Row], path: Path) -> None:
     reported = ends(rows, "report")
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    panels = {"drift": "drift (less is better)", "context": "context right (more is better)"}
+    panels = {"drift": "drift of other captions (less is better)", "context": "context right (more is better)"}
     for axis, (name, title) in zip(axes, panels.items()):
-        for method, colour in colours(methods_of(reported)).items():
-            own = where(reported, method=method)
-            axis.plot([r[name] for r in own], [r["subject_new"] for r in own], "o", ms=4, alpha=0.25, color=colour)
-            axis.plot(mean_of(own, name), mean_of(own, "subject_new"), "o", ms=10, color=colour, label=method)
+        for method, colour in colours(rows).items():
+            if own := where(reported, method=method):
+                x, y = [r[name] for r in own], [r["subject_new"] for r in own]
+                axis.plot(x, y, "o", ms=4, alpha=0.25, color=colour)
+                axis.plot(mean_of(own, name), mean_of(own, "subject_new"), "o", ms=10, color=colour, label=method)
         axis.set_xlabel(title)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("subject in new contexts (1 = the subject itself)")
-    axes[1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        _plain(axis)
+    axes[0].set_ylabel(NAMES["subject_new"])
+    _legend(axes[1])
     figure.suptitle("A dot a run, large dots the means", x=0.01, ha="left", fontsize=11)
+    _save(figure, path)
+
+
+def trajectories(rows: Sequence[Row], path: Path) -> None:
+    """Fidelity against drift while training goes on: a curve a method from the base model, a dot each scored step."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    curves = {method: over(rows, method, "step") for method in methods_of(rows)}
+    for axis, x in zip(axes, ("drift", "leak")):
+        for method, curve in curves.items():
+            if len(curve) > 2:
+                points = [[row[name] for row in curve] for name in (x, "subject_new")]
+                axis.plot(*points, "o-", ms=5, color=colours(rows)[method], label=method)
+        axis.set_xlabel(f"{NAMES[x]} (less is better)")
+        _plain(axis)
+    axes[0].set_ylabel(NAMES["subject_new"])
+    _legend(axes[1])
+    steps = sorted({row["step"] for curve in curves.values() if len(curve) > 2 for row in curve})
+    title = (
+        f"While training: after {', '.join(map(str, steps[:-1]))} and {steps[-1]} steps" if steps else "No steps yet"
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    _save(figure, path)
+
+
+def strengths(rows: Sequence[Row], path: Path) -> None:
+    """What turning an adapter down does: two scores over α, and one against the other."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for method, colour in colours(rows).items():
+        curve = over(rows, method, "strength")
+        if len(curve) < 3:
+            continue
+        for axis, (x, y) in zip(axes, (("strength", "subject_new"), ("strength", "drift"), ("drift", "subject_new"))):
+            axis.plot([row[x] for row in curve], [row[y] for row in curve], "o-", ms=5, color=colour, label=method)
+    for axis, (x, y) in zip(axes, (("strength", "subject_new"), ("strength", "drift"), ("drift", "subject_new"))):
+        axis.set_xlabel("strength α" if x == "strength" else NAMES[x])
+        axis.set_ylabel(NAMES[y])
+        _plain(axis)
+    _legend(axes[2])
+    figure.suptitle("Strength of the trained adapter; 0 is the base model", x=0.01, ha="left", fontsize=11)
+    _save(figure, path)
+
+
+def times(rows: Sequence[Row], seconds: dict[str, float], path: Path) -> None:
+    """Subject score over seconds of training. seconds: of a step, by method."""
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for method, colour in colours(rows).items():
+        curve = over(rows, method, "step")
+        if len(curve) > 2 and method in seconds:
+            x = [row["step"] * seconds[method] for row in curve]
+            axis.plot(x, [row["subject_new"] for row in curve], "o-", ms=5, color=colour, label=method)
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel(NAMES["subject_new"])
+    _plain(axis)
+    _legend(axis)
     _save(figure, path)
 
 
 def selection(table: Sequence[Row], criterion: str, path: Path) -> None:
     """What each learning rate gives on the subjects of the selection."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    for method, colour in colours(list(dict.fromkeys(row["method"] for row in table))).items():
+    for method, colour in colours(table).items():
         own = sorted((float(r["learning rate"]), r["total"], r.get("chosen")) for r in where(table, method=method))
         axis.semilogx([o[0] for o in own], [o[1] for o in own], "o-", ms=5, color=colour, label=method)
         chosen = [o for o in own if o[2]]
@@ -78,7 +144,21 @@ def selection(table: Sequence[Row], criterion: str, path: Path) -> None:
     axis.set_xlabel("learning rate")
     axis.set_ylabel(criterion)
     axis.set_title("Learning rates on the subjects of the selection; rings: chosen", loc="left", fontsize=11)
-    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    _plain(axis)
+    _legend(axis)
     _save(figure, path)
+
+
+def _plain(axis: Axes, grid: str = "both") -> None:
+    axis.grid(axis=grid, alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axis: Axes) -> None:
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")

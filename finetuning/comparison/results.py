@@ -116,6 +116,31 @@ def by_subject(rows: Iterable[Row], method: str, score: str) -> dict[str, float]
     return {s: mean_of(where(own, individual=s), score) for s in dict.fromkeys(row["individual"] for row in own)}
 
 
+def over(rows: Sequence[Row], method: str, column: str) -> list[Row]:
+    """Means of a method's scores at each value of `step` or `strength`, from the base model at 0 to the end or beyond.
+
+    Only runs that have every value count, so that a curve is one of the same runs all along; "subjects" says how many.
+    """
+    own = where(rows, phase="report", method=method)
+    last = max((row["step"] for row in own), default=0)
+    own = [r for r in own if r["strength"] == 1] if column == "step" else where(own, step=last)
+    values = sorted({row[column] for row in own})
+    runs: dict[tuple, dict[float, Row]] = {}
+    for row in own:
+        runs.setdefault((row["individual"], row["seed"]), {})[row[column]] = row
+    whole = [run for run in runs.values() if len(run) == len(values)]
+    if not whole:
+        return []
+    individuals = {run[values[0]]["individual"] for run in whole}
+    bases = [row for row in where(rows, phase="report", method=BASE) if row["individual"] in individuals]
+    names = [name for name, value in whole[0][values[0]].items() if isinstance(value, float)]
+    points = [(0, bases)] + [(value, [run[value] for run in whole]) for value in values]
+    return [
+        {**{n: mean_of(part, n) for n in names}, "method": method, column: value, "subjects": len(individuals)}
+        for value, part in points
+    ]
+
+
 def summary(rows: Sequence[Row], baseline: str, scores: Sequence[str]) -> tuple[list[Row], list[Row]]:
     """Means with intervals of the reported runs, a row a method; and differences to the baseline.
 
