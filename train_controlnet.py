@@ -18,6 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetuning.control_settings import ControlNetConfig
+from finetuning.launch import launch
+from finetuning.settings import SCHEDULES_WITHOUT_END
+
+if __name__ == "__main__":
+    launch(ControlNetConfig, __doc__)
+
 import torch
 from PIL import Image
 
@@ -30,14 +37,12 @@ from finetuning.control_card import control_card
 from finetuning.control_conditions import show_condition
 from finetuning.control_data import ControlBatch, ControlBatches
 from finetuning.control_evaluation import consistency, overlay, plot_course, references
-from finetuning.control_settings import ControlNetConfig
 from finetuning.dataset import read_prompts, to_image
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
 from finetuning.picture import grid, save_picture
 from finetuning.randomness import integers, normal, seed_modules
 from finetuning.run import DTYPES, read_metrics
 from finetuning.sampling import evaluating
-from finetuning.settings import SCHEDULES_WITHOUT_END
 from finetuning.state import TrainingState
 from toyworld.controls import Controls
 from toyworld.segmentation import load_segmentation
@@ -85,6 +90,7 @@ class ControlNet:
 
             self.log(step, loss, gradient_norm, learning_rate)
             if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
+                run.check_same(optimizer)
                 if run.is_main:
                     self.checkpoints.save(step, self.state)
                 run.wait()
@@ -209,7 +215,7 @@ class ControlNet:
         config, run, base = self.config, self.run, self.base
         if run.is_main:
             self.checkpoints.begin(is_new=self.first_step == 0)
-        run.open(self.output, config, self.first_step)
+        run.open(self.output, config, self.first_step, self.state.weights)
         build_trackers(run, config.tracking, config, self.first_step)
         trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in self.adapters.items())
         images = "unlimited" if self.stream.size is None else f"{self.stream.size:,}"

@@ -39,7 +39,7 @@ from finetuning.builders import (
     build_sampler,
     build_trackers,
 )
-from finetuning.checkpoint import Checkpoints, write_folder
+from finetuning.checkpoint import Checkpoints, write_folder, write_pipeline
 from finetuning.config import InputError, read_config, run_command
 from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
 from finetuning.model_card import model_card
@@ -329,10 +329,10 @@ class DreamBooth:
         """Write the adapters as unet/ and text_encoder/, or the whole pipeline; a card; the comparison."""
         config = self.config
         if config.adapter.kind == "full":
-            self.base.pipeline().save_pretrained(self.output)
+            write_pipeline(self.output, self.base.pipeline())
         else:
             for name, adapter in self.adapters.items():
-                write_folder(self.output / name, adapter.save)
+                write_folder(self.output / name, adapter.save, adapter.size())
         picture = None
         if config.validation.validation_prompt:
             picture = self.output / "comparison.png"

@@ -6,7 +6,8 @@
 #   ./train_dreambooth.sh 27                 subject 0 … 29 of google/dreambooth, in alphabetical order (27 = teapot)
 #   MODEL_NAME=stable-diffusion-v1-5/stable-diffusion-v1-5 ./train_dreambooth.sh 27      the same on a GPU
 #
-# Every variable below can be set from outside; further flags go after the index: ./train_dreambooth.sh 27 --seed=1
+# Every variable below can be set from outside, prompts to one or to a .txt file with one a line; further flags go after
+# the index: ./train_dreambooth.sh 27 --seed=1
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -42,6 +43,8 @@ while IFS=$'\t' read -r key value; do
     base_prompt) BASE_PROMPTS+=("$value") ;;
   esac
 done <<< "$FOUND"
+[[ -n "${CLASS_PROMPT:-}" ]] && CLASS_PROMPTS=("$CLASS_PROMPT")
+[[ -n "${VALIDATION_PROMPT:-}" ]] && VALIDATION_PROMPTS=("$VALIDATION_PROMPT") BASE_PROMPTS=()
 INSTANCE_DIR="${INSTANCE_DIR:-$INSTANCE_DIR_FOUND}"
 INSTANCE_PROMPT="${INSTANCE_PROMPT:-$INSTANCE_PROMPT_FOUND}"
 CLASS_DIR="${CLASS_DIR:-$HERE/data/class_images/$(basename "$MODEL_NAME")/$NAME}"
@@ -50,7 +53,7 @@ PROJECT_NAME="${PROJECT_NAME:-dreambooth}"
 RUN_NAME="${RUN_NAME:-$NAME}"
 REPORT_TO="${REPORT_TO:-$([[ -n "$IDX" ]] && echo wandb || echo tensorboard)}" # wandb: offline where there is no key
 
-if [[ "$MODEL_NAME" == "$EMBEDDED/base" ]]; then
+if [[ "$MODEL_NAME" -ef "$EMBEDDED/base" ]]; then
   # 64 pixels on a CPU. Blocks of 8 in 2 butterfly factors on attention, feed-forward and convolutions: details are drawn
   # where this UNet has no attention. The scale learns at a tenth of the rotations' rate: at theirs, prompts lose control.
   SETTINGS=(
@@ -90,7 +93,7 @@ exec "${LAUNCH[@]}" "$HERE/train_dreambooth.py" \
   --class_data_dir="$CLASS_DIR" \
   --class_prompt "${CLASS_PROMPTS[@]}" \
   --validation_prompt "${VALIDATION_PROMPTS[@]}" \
-  --base_prompt "${BASE_PROMPTS[@]}" \
+  ${BASE_PROMPTS[@]+--base_prompt "${BASE_PROMPTS[@]}"} \
   --output_dir="$OUTPUT_DIR" --overwrite_output_dir \
   --wandb_project_name="$PROJECT_NAME" --wandb_run_name="$RUN_NAME" --report_to="$REPORT_TO" \
   --use_boft \

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 
 from .config import InputError, RunError
 
@@ -151,11 +152,11 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
             _sync(file)
         _sync(unfinished)
     except Exception as error:  # OSError, or what a library makes of it
-        size = sum(p.stat().st_size for p in unfinished.rglob("*") if p.is_file()) if unfinished.exists() else 0
+        written = sum(p.stat().st_size for p in unfinished.rglob("*") if p.is_file()) if unfinished.exists() else 0
         free = shutil.disk_usage(_existing(path)).free
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveError(
-            f"{path} could not be written ({error}): more than {size / 1e6:.1f} MB are needed, "
+            f"{path} could not be written ({error}): more than {max(size, written) / 1e6:.1f} MB are needed, "
             f"{free / 1e6:.1f} MB are free on the disk"
         ) from error
     if path.exists():
@@ -164,6 +165,18 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
     unfinished.rename(path)
     _sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_pipeline(path: Path, pipeline: DiffusionPipeline) -> None:
+    """A whole pipeline in diffusers' format: each part complete or absent, the index of them last.
+
+    Raises:
+        SaveError: a part cannot be written.
+    """
+    for name, part in pipeline.components.items():
+        if part is not None:
+            write_folder(path / name, part.save_pretrained)
+    pipeline.save_config(path)
 
 
 def damage(path: Path) -> str | None:

@@ -244,7 +244,7 @@ class Run:
 
 def check_writable(folder: Path, flag: str) -> None:
     """Raises InputError if a folder cannot be made or written, without making it."""
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise InputError(f"{flag}={folder}: is a file; give a folder")
     place = folder
     while not os.path.exists(place):  # which is False, too, where one may not look

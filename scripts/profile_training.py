@@ -65,7 +65,9 @@ class Profiled(DreamBooth):
         self.wrap(self, "denoising_errors", "forward")
         self.wrap(self.run, "backward", "backward")
         self.wrap(self.run, "clip_gradients", "optimizer")
-        self.wrap(self.optimizer, "step", "optimizer")
+        begun: list[float] = []
+        self.optimizer.register_step_pre_hook(lambda *_: begun.append(time.process_time()))
+        self.optimizer.register_step_post_hook(lambda *_: self.note("optimizer", begun.pop()))
         self.wrap(self, "log", "log")
         self.streams = [TimedStream(stream, self.timed(stream.__getitem__, READING)) for stream in self.streams]
         self.run.steps = self.timed_steps(self.run.steps)
@@ -79,9 +81,12 @@ class Profiled(DreamBooth):
             try:
                 return function(*args, **kwargs)
             finally:
-                self.times[-1][part] += time.process_time() - begun
+                self.note(part, begun)
 
         return call
+
+    def note(self, part: str, begun: float) -> None:
+        self.times[-1][part] += time.process_time() - begun
 
     def timed_steps(self, steps: Callable) -> Callable:
         def call(first: int, last: int):

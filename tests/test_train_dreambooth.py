@@ -338,6 +338,14 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(toy_base, photos, tmp
     assert run(*arguments, "--resume_from_checkpoint=latest") == 0
 
 
+def test_a_full_disk_at_the_end_is_one_line(toy_base, photos, tmp_path, capsys):
+    with largest_file(20_000):
+        assert run(*flags(toy_base, photos, tmp_path / "output", "--max_train_steps=1", adapter=FULL)) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(error) == 1 and "could not be written" in error[0]
+    assert not (tmp_path / "output" / "model_index.json").exists()
+
+
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(toy_base, photos, tmp_path):
     for flags_of_kind, least in ((BOFT, 0.5), (FULL, 0.9)):  # what is small is half names and settings
         arguments = flags(toy_base, photos, tmp_path / "output", "--use_ema", adapter=flags_of_kind)

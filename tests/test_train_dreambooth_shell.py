@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import draw_photo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,8 +80,12 @@ def test_the_script_trains_on_the_subject_of_an_index(dreambooth, sd15_base, tmp
         "--num_inference_steps=1", "--num_dataloader_workers=0",
         DREAMBOOTH_DIR=str(dreambooth), MODEL_NAME=str(sd15_base), OUTPUT_DIR=str(tmp_path / "output"),
         CLASS_DIR=str(tmp_path / "class"), RESOLUTION="64", NUM_CLASS_IMAGES="2", REPORT_TO="none",
+        VALIDATION_PROMPT="a qwe toy. In the snow",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
+    assert config["validation_prompt"] == ["a qwe toy. In the snow"] and config["base_prompt"] == []
+    assert config["instance_data_dir"] == str(dreambooth / "teapot") and config["boft_n_butterfly_factor"] == 2
     assert (tmp_path / "output" / "comparison.png").is_file()
     assert (tmp_path / "output" / "unet" / "adapter_model.safetensors").is_file()
 

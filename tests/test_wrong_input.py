@@ -88,12 +88,6 @@ def captioned(line: str):
     return lambda case: (case.photos / "metadata.jsonl").write_text(line) and None
 
 
-def unwritable(case: Case):
-    locked = case.folder / "locked"
-    locked.mkdir(mode=0o500)
-    return [f"--output_dir={locked / 'run'}"]
-
-
 def class_folder(*files: tuple[str, bytes | str], more: tuple[str, ...] = ()):
     def make(case: Case):
         case.classes.mkdir()
@@ -292,11 +286,25 @@ def test_there_are_enough_cases():
     assert len(CASES) >= 60
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_output_folder_without_permission(toy_base, tmp_path, capsys):
+def test_folders_without_permission(toy_base, tmp_path):
+    """As a user who is not root, who may write everywhere."""
     case = Case(tmp_path, toy_base)
-    assert run(*flags(case.base, case.photos, case.output), *unwritable(case)) == 2
-    assert "no permission to write" in capsys.readouterr().err
+    (case.folder / "locked").mkdir(mode=0o500)
+    cases = {
+        "no permission to write": [f"--output_dir={case.folder / 'locked' / 'run'}"],
+        "no permission; change": [f"--output_dir=/tmp/{case.folder.name}"],  # to read the base
+    }
+    errors = case.folder / "errors"
+    handle = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    if (child := os.fork()) == 0:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with open(handle, "w", buffering=1) as sys.stderr:
+            codes = [run(*flags(case.base, case.photos, case.output), *more) for more in cases.values()]
+        os._exit(0 if codes == [2, 2] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    lines = errors.read_text().splitlines()
+    assert len(lines) == 2 and all(words in line for words, line in zip(cases, lines)), lines
 
 
 def test_8_bit_adam_without_its_library(monkeypatch):
