@@ -1,4 +1,5 @@
 # make dreambooth   install, train BOFT on an embedded subject on the CPU, show what came out
+# make controlnet   install, train light control with BOFT on the CPU, score it, show what came out
 # make test         install, run every test
 # make quality      ruff: lint and format
 #
@@ -10,13 +11,17 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: dreambooth test quality clean
+.PHONY: dreambooth controlnet test quality clean
 
 SUBJECT ?= mug
 
 dreambooth: $(VENV)/.installed
 	SUBJECT=$(SUBJECT) PYTHON=$(abspath $(BIN))/python REPORT_TO=tensorboard ./train_dreambooth.sh
 	$(BIN)/python scripts/evaluate.py toyworld data/output/dreambooth
+
+controlnet: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN))/python ./train_controlnet.sh
+	PYTHON=$(abspath $(BIN))/python IMAGES=64 ./eval_controlnet.sh --every=8 --batch_size=16
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest

@@ -74,7 +74,7 @@ def build_streams(
     available = source.size if other is None else other.size
     count = settings.held_out_images
     if count is None:
-        count = HELD_OUT if available is None else min(HELD_OUT, max(1, available // 10))
+        count = min(HELD_OUT, max(1, available // 10)) if other is None else HELD_OUT
     if other is None and count >= available:
         raise InputError(
             f"--held_out_images={count}: the data has {available} samples, so that none is left to train on; hold out "

@@ -100,7 +100,7 @@ class ControlDataSettings(DataSettings):
         None, "Folder to measure on, like --train_data_dir. None = images carved off by the seed."
     )
     held_out_images: int | None = setting(
-        None, "Images that are measured and never trained on. None = 16, but at most a tenth of what they come from.",
+        None, "Images to measure on, never trained on. None = 16, but at most a tenth of what they are carved off.",
         minimum=1,
     )  # fmt: skip
     cache_latents: bool | None = setting(

@@ -6,9 +6,10 @@ Picture k of prompt p is 007-2.png (p = 7, k = 2); its noise depends on (seed, p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,13 +85,19 @@ class Gallery:
         guidance_scale: float,
         batch_size: int,
         precision: torch.dtype = torch.float32,
+        conditions: torch.Tensor | None = None,
+        control: Mapping[str, Any] = MappingProxyType({}),
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Make the pictures that are missing; `advance` is told how many were made."""
+        """Make the pictures that are missing; `advance` is told how many were made.
+
+        conditions: of a pipeline that draws by controls, one for each prompt; control: its further arguments.
+        """
         pipeline.set_progress_bar_config(disable=True)
         missing = self.missing()
         for start in range(0, len(missing), batch_size):
             chunk = missing[start : start + batch_size]
+            more = {} if conditions is None else {"image": conditions[[p for p, _ in chunk]], **control}
             with torch.no_grad(), torch.autocast(pipeline.device.type, precision, precision != torch.float32):
                 images = pipeline(
                     [self.prompts[p] for p, _ in chunk],
@@ -99,6 +106,7 @@ class Gallery:
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
                     generator=[generator(seed, "evaluation", p, k) for p, k in chunk],
+                    **more,
                 ).images
             for place, image in zip(chunk, images):
                 save_picture(image, self.path(*place))

@@ -4,12 +4,17 @@
     python scripts/evaluate.py dreambooth data/output               # every run below: DINO, CLIP-I, CLIP-T; tables
     python scripts/evaluate.py pictures --generated=made --real=photos --prompts=prompts.txt --class_word=mug
     python scripts/evaluate.py toyworld data/output/dreambooth      # an embedded subject, by the toy world's own judge
+    python scripts/evaluate.py controlnet data/output/controlnet    # how pictures follow the controls of a run
 
 `dreambooth` follows DreamBooth's protocol: 25 prompts, 4 pictures each; cosine over all real × generated pairs; CLIP-T
 by the prompt without the rare token; blackened pictures excluded and counted. Pictures and tables go into evaluation/
 of a run. To go on after an interruption, run the same command again. `pictures` scores what other programs have made.
 
 `toyworld` writes scores.json into the run's folder and prints a table of the base model and the tuned one.
+
+`controlnet` detects the control again in pictures drawn by held-out controls and compares: edges (canny; IoU, and F1
+within 0.75 % of the diagonal), segments (mean IoU), landmarks of faces. Beside it stand pictures without control, the
+floor, and the real pictures, the ceiling. Where a detector fails, the picture is counted.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetuning.config import InputError, run_command
+from finetuning.control_evaluation import load_landmarks
+from finetuning.control_scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset import Transform, find_images, open_image
 from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino, score_pictures
 from finetuning.gallery import Gallery, read_gallery
@@ -39,9 +46,11 @@ from finetuning.picture import grid, save_picture
 from finetuning.prompts import Words, find_words, read_templates
 from finetuning.run import CONFIG, DTYPES
 from finetuning.score_table import Row, as_json, markdown, mean_of, write, write_table
+from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
 from toyworld.measure import generate
 from toyworld.scores import Judges, score, table
+from toyworld.segmentation import load_segmentation
 from toyworld.subjects import SUBJECTS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "toyworld"
@@ -356,7 +365,50 @@ def toyworld(run: Path, judge: Path = DATA / "judge") -> dict:
     return result
 
 
+def controlnet(args: argparse.Namespace) -> list[dict]:
+    """Score a ControlNet run; returns the table's rows."""
+    more = {"landmarks": load_landmarks(args.device)} if args.landmarks else {}
+    test = ControlTest.of(
+        args.runs,
+        lambda kind, part: Controls(kind, "test" if part == "held out" else part),
+        load_segmentation,
+        count=args.images,
+        segmentation_model=args.segmentation_model,
+        more=more,
+    )
+    drawing = Drawing(
+        seed=args.seed,
+        steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        scale=args.controlnet_conditioning_scale,
+        guess_mode=args.guess_mode,
+        precision=args.mixed_precision,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+    floor = not args.only_draw
+    drawn = draw_control_run(args.runs, test, drawing, every=args.every, overwrite=args.overwrite, floor=floor)
+    rows = [] if args.only_draw else score_control_run(args.runs, test, drawn)
+    print(markdown(rows) if rows else "drawn, not scored")
+    print(f"control, result, overlay: {args.runs / 'evaluation' / 'grid.png'}; tables beside it")
+    return rows
+
+
 # Flags
+
+
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the pictures' noise (default: 0)")
+    parser.add_argument("--num_inference_steps", type=at_least(1), metavar="N", help="(default: as in the run)")
+    parser.add_argument("--guidance_scale", type=float, metavar="X", help="(default: as in the run)")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of the generation")
+    parser.add_argument("--overwrite", action="store_true", help="make pictures anew that were made otherwise")
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="pictures at a time")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"where everything runs (default here: {device})")
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -365,9 +417,7 @@ def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lpips", action="store_true", help="also LPIPS, which needs the two files below")
     parser.add_argument("--lpips_alexnet", metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth")
     parser.add_argument("--lpips_linear", metavar="FILE", help="the lpips package's weights/v0.1/alex.pth")
-    parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="pictures at a time")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"where everything runs (default here: {device})")
+    add_batch_flags(parser)
 
 
 def at_least(least: int):
@@ -402,11 +452,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompts", metavar="FILE", help="templates with {} for the subject (default: the protocol's)"
     )
     command.add_argument("--images_per_prompt", type=at_least(1), default=4, metavar="N", help="(default: 4)")
-    command.add_argument("--seed", type=at_least(0), default=0, help="of the pictures' noise (default: 0)")
-    command.add_argument("--num_inference_steps", type=at_least(1), metavar="N", help="(default: as in the run)")
-    command.add_argument("--guidance_scale", type=float, metavar="X", help="(default: as in the run)")
-    command.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of the generation")
-    command.add_argument("--overwrite", action="store_true", help="make pictures anew that were made otherwise")
+    add_drawing_flags(command)
     add_encoder_flags(command)
     command.set_defaults(run=dreambooth)
 
@@ -422,6 +468,21 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command = commands.add_parser("toyworld", help="an embedded subject, by the toy world's own judge")
     command.add_argument("runs", type=Path, metavar="run", help="the --output_dir of a run")
     command.set_defaults(run=lambda args: toyworld(args.runs))
+
+    command = commands.add_parser("controlnet", help="a run of train_controlnet.py: how controls are followed")
+    command.add_argument("runs", type=Path, metavar="run", help="the --output_dir of a run")
+    command.add_argument("--images", type=at_least(1), metavar="N", help="held-out samples (default: as in the run)")
+    command.add_argument("--every", type=at_least(1), default=4, metavar="N", help="the grid shows every N-th sample")
+    command.add_argument("--controlnet_conditioning_scale", type=float, metavar="X", help="(default: as in the run)")
+    command.add_argument("--only_draw", action="store_true", help="pictures by the controls, without scores")
+    command.add_argument("--guess_mode", action="store_true", help="no control in the unconditional half of guidance")
+    command.add_argument(
+        "--segmentation_model", metavar="NAME", help="also segments by this SegFormer, e.g. of the hub"
+    )
+    command.add_argument("--landmarks", action="store_true", help="also landmarks of faces, by face_alignment")
+    add_drawing_flags(command)
+    add_batch_flags(command)
+    command.set_defaults(run=controlnet)
     return parser.parse_args(argv)
 
 

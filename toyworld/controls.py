@@ -15,7 +15,7 @@ from .render import Rendering, render
 from .scene import sample_scene
 
 KINDS = ("edges", "mask")
-_FIRST_SEED = {"train": 20_000_000_000, "held out": 30_000_000_000}
+_FIRST_SEED = {"train": 20_000_000_000, "held out": 30_000_000_000, "test": 40_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Controls:
 
     Attributes:
         kind: edges = outlines of the object's visible parts; mask = the object.
-        part: train or held out, which never meet.
+        part: train, held out or test, which never meet. On the held-out ones settings may be chosen.
     """
 
     kind: str

@@ -18,6 +18,7 @@ from .captions import plain_caption
 from .judge import ATTRIBUTES, AttributeJudge, InstanceJudge
 from .render import contact_sheet, render
 from .scene import CATEGORIES, COLOURS, CONTEXTS, PATTERNS
+from .segmentation import SegmentationJudge, mean_iou
 
 STEPS, GUIDANCE = 25, 3.0
 
@@ -111,6 +112,7 @@ def measure(folder: Path, count: int = 480, renders_count: int = 2000) -> dict:
     words, model = CLIPTokenizer.from_pretrained(folder / "clip"), load_clip(folder / "clip")
     reader = AttributeJudge.load(folder / "judge" / "attributes")
     identifier = InstanceJudge.load(folder / "judge" / "instances")
+    segments = SegmentationJudge.load(folder / "judge" / "segmentation")
     images, truth = held_out("heldout", renders_count), renders.attributes("heldout", renders_count)
     photos = np.concatenate([subjects.photos(name) for name in subjects.SUBJECTS])
     result: dict = {
@@ -121,6 +123,8 @@ def measure(folder: Path, count: int = 480, renders_count: int = 2000) -> dict:
         "clip_zero_shot": clip.zero_shot(model, words, images, truth),
         "judge_on_renders": accuracy(reader, images, truth),
         "judge_on_blurred_renders": accuracy(reader, blurred(images), truth),
+        "judge_segments_renders": mean_iou(segments),
+        "judge_segments_blurred_renders": mean_iou(segments, blur=1.0),
         "judge_finds_the_same_individual": nearest_is_same(identifier, held_out("heldout_individuals", 1600)),
     }
     prompts, wanted = prompt_grid(count)

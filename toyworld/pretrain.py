@@ -3,9 +3,9 @@
 python -m toyworld.pretrain                     # all stages, about three hours on two cores; the same command resumes
 python -m toyworld.pretrain --stages measure    # measure what lies in data/toyworld
 
-Stages: renders, tokenizer, vae, clip, judge, latents, unet, export, measure. VAE on the one hand, CLIP and judge on
-the other run side by side; the UNet trains on all cores. Work in progress lies in --work_dir, float16 results in
---output_dir.
+Stages: renders, tokenizer, vae, clip, judge, segmentation, latents, unet, export, measure. VAE on the one hand, CLIP
+and judge on the other run side by side; the UNet trains on all cores. Work in progress lies in --work_dir, float16
+results in --output_dir.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from . import clip, judge, renders, subjects, tokenizer, unet, vae
+from . import clip, judge, renders, segmentation, subjects, tokenizer, unet, vae
 from .measure import measure
 
-STAGES = ("renders", "tokenizer", "vae", "clip", "judge", "latents", "unet", "export", "measure")
-STEPS = {"vae": 3_300, "clip": 1_300, "judge_attributes": 1_000, "judge_instances": 1_500, "unet": 2_000}
+STAGES = ("renders", "tokenizer", "vae", "clip", "judge", "segmentation", "latents", "unet", "export", "measure")
+STEPS = {
+    "vae": 3_300,
+    "clip": 1_300,
+    "judge_attributes": 1_000,
+    "judge_instances": 1_500,
+    "judge_segmentation": 500,
+    "unet": 2_000,
+}
 
 
 def render_sets(work: Path, workers: int) -> None:
@@ -62,6 +69,10 @@ def train_judge(work: Path, workers: int) -> None:
     identifier.save_pretrained(work / "judge" / "instances")
 
 
+def train_segmentation(work: Path, workers: int) -> None:
+    segmentation.train(work, STEPS["judge_segmentation"]).save_pretrained(work / "judge" / "segmentation")
+
+
 def encode_latents(work: Path, workers: int) -> None:
     model = AutoencoderKL.from_pretrained(work / "vae")
     torch.save(vae.encode(model, renders.images(work, "train")).half(), work / "latents.pt")
@@ -86,7 +97,12 @@ def export(work: Path, output: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(output / "base")
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(output / "clip")
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(output / "clip")
-    for name, network in (("attributes", judge.AttributeJudge), ("instances", judge.InstanceJudge)):
+    networks = {
+        "attributes": judge.AttributeJudge,
+        "instances": judge.InstanceJudge,
+        "segmentation": segmentation.SegmentationJudge,
+    }
+    for name, network in networks.items():
         network.load(work / "judge" / name).half().save_pretrained(output / "judge" / name)
     subjects.write(output / "subjects")
 
@@ -96,6 +112,7 @@ _DONE = {  # what a finished stage leaves in the work folder
     "vae": "vae/config.json",
     "clip": "text_encoder/config.json",
     "judge": "judge/instances/config.json",
+    "segmentation": "judge/segmentation/config.json",
     "latents": "latents.pt",
     "unet": "unet/config.json",
 }
@@ -105,6 +122,7 @@ _RUN: dict[str, Callable[[Path, int], None]] = {
     "vae": train_vae,
     "clip": train_clip,
     "judge": train_judge,
+    "segmentation": train_segmentation,
     "latents": encode_latents,
     "unet": train_unet,
 }
@@ -141,7 +159,9 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for phase in (["renders"], ["tokenizer"]):
         _run([stage for stage in phase if stage in args.stages], args.work_dir, args.workers, args.workers)
-    sides = [[stage for stage in side if stage in args.stages] for side in (["vae"], ["clip", "judge"])]
+    sides = [
+        [stage for stage in side if stage in args.stages] for side in (["vae"], ["clip", "judge", "segmentation"])
+    ]
     if any(sides):
         _side_by_side([side for side in sides if side], args.work_dir, args.workers)
     _run([stage for stage in ("latents", "unet") if stage in args.stages], args.work_dir, args.workers, args.workers)

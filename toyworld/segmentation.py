@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 from torch.nn import functional as F
 
 from . import renders
-from .judge import Network, degrade
+from .judge import Network, degrade, recalibrate
 from .loop import fit
 from .render import render
 from .vae import pixels
@@ -57,21 +57,36 @@ def load_segmentation() -> Callable[[Image.Image], np.ndarray] | None:
     return SegmentationJudge.load(FOLDER).labels if FOLDER.is_dir() else None
 
 
-def train(folder: Path, workers: int, steps: int, batch: int = 48) -> SegmentationJudge:
-    """Train on the set "judge" of renders and their masks."""
+def _renders(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (N, 64, 64, 3) of a set and their masks (N, 64, 64), uint8 and bool."""
+    truths = [render(renders.scene(name, index)) for index in range(count)]
+    return np.stack([np.asarray(t.image) for t in truths]), np.stack([np.asarray(t.mask) > 127 for t in truths])
+
+
+def train(folder: Path, steps: int, count: int = 8_000, batch: int = 32) -> SegmentationJudge:
+    """Train on renders of the set "judge" and their masks; `folder` keeps what a resumed run goes on from."""
     torch.manual_seed(80)
-    images, judge = renders.images(folder, "judge", workers), SegmentationJudge()
-    masks = np.stack([np.asarray(render(renders.scene("judge", i)).mask) > 127 for i in range(len(images))])
+    (images, masks), judge = _renders("judge", count), SegmentationJudge()
 
     def loss_of(generator: torch.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        index = torch.randint(len(images), (batch,), generator=generator).sort().values
-        both = torch.cat([pixels(images[index.numpy()]), torch.from_numpy(masks[index.numpy()])[:, None].float()], 1)
+        index = torch.randint(count, (batch,), generator=generator).numpy()
+        truth = torch.from_numpy(masks[index])[:, None].float()
         shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
-        x, truth = torch.roll(both, shift, (2, 3)).split([3, 1], 1)
-        logits = judge(degrade(x, generator, shift=0))
+        x, truth = torch.roll(torch.cat([pixels(images[index]), truth], 1), shift, (2, 3)).split([3, 1], 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judge(degrade(x, generator, shift=0))
         loss = F.binary_cross_entropy_with_logits(logits, truth[:, 0])
         return loss, {"loss": loss.item(), "right": ((logits > 0) == (truth[:, 0] > 0.5)).float().mean().item()}
 
     optimizer = torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.02)
     fit("judge_segmentation", judge, loss_of, steps=steps, folder=folder, optimizer=optimizer)
+    recalibrate(judge, images, torch.Generator().manual_seed(81))
     return judge
+
+
+def mean_iou(judge: SegmentationJudge, name: str = "heldout", count: int = 500, blur: float = 0.0) -> float:
+    """Mean IoU of object and background on renders of a set, counted over all; `blur` in pixels."""
+    images, masks = _renders(name, count)
+    pictures = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)) for image in images]
+    found = np.stack([judge.labels(picture) for picture in pictures]).astype(bool)
+    return float(np.mean([(a & b).sum() / (a | b).sum() for a, b in ((found, masks), (~found, ~masks))]))

@@ -1,0 +1,168 @@
+"""train_controlnet.py from flags to files: what a run leaves, that it resumes to the bit, and how it is scored."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photo
+from control_training import control_flags, control_folder, control_weights, run_control, saved_dataset
+from diffusers import ControlNetModel
+from PIL import Image
+from training import assert_same, metrics, optimizer_of
+
+from finetuning.config import InputError, read_config
+from finetuning.control_inference import load_control_run
+from finetuning.control_settings import ControlNetConfig
+from finetuning.run import Run
+from scripts import evaluate
+
+SMALL = ("--checkpointing_steps=2", "--validation_steps=4", "--random_flip", "--proportion_empty_prompts=0.3")
+
+
+@pytest.fixture(scope="module")
+def finished(toy_base, tmp_path_factory) -> Path:
+    """Data, and a light run on it: four steps, a checkpoint after the second."""
+    folder = tmp_path_factory.mktemp("control")
+    control_folder(folder / "data")
+    assert run_control(*control_flags(toy_base, folder / "data", folder / "output", *SMALL)) == 0
+    return folder
+
+
+def test_what_a_light_run_leaves(finished):
+    output = finished / "output"
+    assert {p.name for p in output.iterdir()} == {
+        "checkpoint-2", "checkpoint-4", "hint_encoder", "unet", "validation", "comparison.png", "config.yaml",
+        "metrics.jsonl", "README.md",
+    }  # fmt: skip
+    assert {p.name for p in (output / "validation").iterdir()} == {
+        "consistency.png", "held-out-000000.png", "held-out-000004.png",
+    }  # fmt: skip
+    lines = metrics(output)
+    assert [line["step"] for line in lines if "edge_f1" in line] == [0, 4]
+    assert {"held_out_loss", "edge_f1", "edge_iou"} <= lines[0].keys()
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    early, late = (control_weights(output / name) for name in ("checkpoint-2", "checkpoint-4"))
+    assert_same(late, control_weights(output))
+    for part in ("unet", "hint_encoder"):
+        assert any(not torch.equal(early[name], late[name]) for name in early if name.startswith(part)), part
+
+
+def test_the_result_draws_by_a_control(finished):
+    pipeline = load_control_run(finished / "output")
+    control = draw_photo(3, (16, 16))
+
+    def draw(scale):
+        options = {"controlnet_conditioning_scale": scale, "generator": torch.Generator().manual_seed(0)}
+        return np.asarray(pipeline("a mug", image=control, num_inference_steps=2, **options).images[0], float)
+
+    assert np.abs(draw(1.0) - draw(0.0)).max() > 1
+
+
+VARIANTS = {
+    "light": ["--control_learning_rate=1e-3", "--boft_dropout=0.3", "--lr_scheduler=linear"],
+    "full": ["--no_use_boft"],
+}
+
+
+@pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_equals_the_run_left_alone(more, finished, toy_base, tmp_path):
+    adapter = () if "--no_use_boft" in more else ("--use_boft", "--boft_block_size=4")
+    arguments = ["--checkpointing_steps=2", "--random_flip", *more]
+    alone, resumed = (
+        control_flags(toy_base, finished / "data", tmp_path / name, *arguments, adapter=adapter)
+        for name in ("alone", "resumed")
+    )
+    assert run_control(*alone) == 0
+    shutil.copytree(tmp_path / "alone" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert run_control(*resumed, "--resume_from_checkpoint=latest") == 0
+    assert_same(control_weights(tmp_path / "alone"), control_weights(tmp_path / "resumed"))
+    assert_same(*(optimizer_of(tmp_path / name / "checkpoint-4") for name in ("alone", "resumed")))
+
+
+def test_a_signal_saves_both_parts_and_the_run_goes_on_to_the_same_bits(finished, toy_base, tmp_path, monkeypatch):
+    arguments = control_flags(toy_base, finished / "data", tmp_path / "output", *SMALL)
+    log = Run.log
+
+    def log_and_signal(self, step, **values):
+        log(self, step, **values)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_signal)
+        assert run_control(*arguments) == 143
+    assert {p.name for p in (tmp_path / "output" / "checkpoint-3").iterdir()} >= {"unet", "hint_encoder"}
+    assert run_control(*arguments, "--resume_from_checkpoint=latest") == 0
+    assert_same(control_weights(finished / "output"), control_weights(tmp_path / "output"))
+
+
+def test_diffusers_own_invocation(sd15_base, tmp_path):
+    """As diffusers' example tests ask it of their script: the data set alone is local here."""
+    output = tmp_path / "output"
+    arguments = [
+        f"--pretrained_model_name_or_path={sd15_base}",
+        f"--dataset_name={saved_dataset(tmp_path / 'fill10')}",
+        f"--output_dir={output}",
+        "--resolution=64",
+        "--train_batch_size=1",
+        "--gradient_accumulation_steps=1",
+        "--checkpointing_steps=2",
+        "--num_inference_steps=1", "--held_out_images=1", "--report_to=none",  # shorter, not other
+    ]  # fmt: skip
+    assert run_control(*arguments, "--max_train_steps=6", "--checkpoints_total_limit=2") == 0
+    assert {p.name for p in output.iterdir() if "checkpoint" in p.name} == {"checkpoint-4", "checkpoint-6"}
+    control = ControlNetModel.from_pretrained(output)
+    ControlNetModel.from_pretrained(output / "checkpoint-6", subfolder="controlnet")
+    assert control.config.conditioning_channels == 3
+
+    resume = ["--resume_from_checkpoint=checkpoint-6", "--checkpoints_total_limit=2"]
+    assert run_control(*arguments, "--max_train_steps=8", *resume) == 0
+    assert {p.name for p in output.iterdir() if "checkpoint" in p.name} == {"checkpoint-6", "checkpoint-8"}
+
+    again = [flag for flag in arguments if not flag.startswith("--output_dir")]
+    again += [f"--output_dir={tmp_path / 'again'}", f"--controlnet_model_name_or_path={output}", "--max_train_steps=1"]
+    draw_photo(1, (64, 64)).save(tmp_path / "control.png")
+    shown = [f"--validation_image={tmp_path / 'control.png'}", "--validation_prompt", "a mug", "a dog"]
+    assert run_control(*again, *shown, "--validation_steps=1") == 0
+    assert (tmp_path / "again" / "validation" / "validation-000001.png").is_file()
+
+
+def test_the_kind_of_control_follows_from_the_flags():
+    def kind(*flags):
+        return read_config(ControlNetConfig, ["--dataset_name=toyworld", "--max_train_steps=1", *flags]).kind
+
+    assert [kind(), kind("--use_boft"), kind("--use_lora")] == ["full", "light", "light"]
+    assert [kind("--controlnet=light"), kind("--use_boft", "--controlnet=full")] == ["light", "full"]
+    with pytest.raises(InputError, match="--controlnet=full"):
+        kind("--use_boft", "--controlnet_model_name_or_path=x")
+
+
+def test_scores_of_a_run(finished, tmp_path, capsys):
+    """Controlled pictures, pictures without control, real ones; what is there is not drawn again."""
+    run = Path(shutil.copytree(finished / "output", tmp_path / "run"))
+    assert evaluate.main(["controlnet", str(run), "--every=1"]) == 0
+    folder = run / "evaluation"
+    assert {p.name for p in folder.iterdir()} == {
+        "controlled", "without_control", "scores.md", "scores.csv", "by_picture.md", "by_picture.csv", "scores.json",
+        "grid.png",
+    }  # fmt: skip
+    assert "| real pictures | 1 | 1.000 |" in capsys.readouterr().out
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+    assert evaluate.main(["controlnet", str(run), "--every=1"]) == 0
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items() if p.parent != folder)
+    with pytest.raises(InputError, match="--overwrite"):
+        evaluate.main(["controlnet", str(run), "--controlnet_conditioning_scale=0"])
+    assert evaluate.main(["controlnet", str(run), "--controlnet_conditioning_scale=0", "--overwrite"]) == 0
+    controlled = Image.open(folder / "controlled" / "000-0.png")
+    assert controlled.tobytes() != Image.open(folder / "without_control" / "000-0.png").tobytes(), "BOFT remains"
+    with pytest.raises(InputError, match="held out 1"):
+        evaluate.main(["controlnet", str(run), "--images=2"])
