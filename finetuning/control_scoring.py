@@ -142,13 +142,13 @@ class Drawing:
 
 
 def draw_control_run(
-    run: Path, test: ControlTest, drawing: Drawing, *, every: int = 4, overwrite: bool = False, floor: bool = True
+    run: Path, test: ControlTest, drawing: Drawing, *, every: int = 4, overwrite: bool = False, floor: Path | None
 ) -> dict[str, list[Image.Image]]:
     """Draw what is missing, into evaluation/ of the run, with a grid of controls, results and overlays.
 
     Args:
         every: samples between those that the grid shows; overwrite: remove pictures that were made otherwise.
-        floor: also draw without control, which is what a control has to beat.
+        floor: folder of pictures without control, which is what a control has to beat; None = none.
 
     Returns:
         Pictures by control, and those without it.
@@ -159,19 +159,20 @@ def draw_control_run(
     folder, model = run / "evaluation", test.config.model
     settings, control = drawing.settings(test.config), drawing.control(test.config)
     about = {**settings, "base": model.pretrained_model_name_or_path, "controls": _hash(test.batch)}
-    kinds: dict[str, tuple[dict, Callable, dict]] = {
+    kinds: dict[str, tuple[Path, dict, Callable, dict]] = {
         CONTROLLED: (
+            folder / CONTROLLED,
             {**about, **control, "weights": weights_of(run)},
             lambda: load_control_run(run, drawing.device),
             {"conditions": test.batch.conditions.to(drawing.device), "control": control},
         )
     }
-    if floor:
+    if floor is not None:
         name = (model.pretrained_model_name_or_path, model.revision, model.variant)
-        kinds[WITHOUT] = (about, lambda: load_base(*name, device=drawing.device), {})
+        kinds[WITHOUT] = (floor, about, lambda: load_base(*name, device=drawing.device), {})
     pictures = {}
-    for kind, (record, load, more) in kinds.items():
-        gallery = test.gallery(folder / kind.replace(" ", "_"))
+    for kind, (place, record, load, more) in kinds.items():
+        gallery = test.gallery(place)
         gallery.begin(record, overwrite)
         if count := len(gallery.missing()):
             with tqdm(desc=f"{run.name}, {kind}", total=count, unit="picture", mininterval=10) as bar:

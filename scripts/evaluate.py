@@ -386,7 +386,7 @@ def controlnet(args: argparse.Namespace) -> list[dict]:
         batch_size=args.batch_size,
         device=args.device,
     )
-    floor = not args.only_draw
+    floor = None if args.only_draw else args.runs / "evaluation" / "without_control"
     drawn = draw_control_run(args.runs, test, drawing, every=args.every, overwrite=args.overwrite, floor=floor)
     rows = [] if args.only_draw else score_control_run(args.runs, test, drawn)
     print(markdown(rows) if rows else "drawn, not scored")

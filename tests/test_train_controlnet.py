@@ -16,13 +16,17 @@ import torch
 from conftest import draw_photo
 from control_training import control_flags, control_folder, control_weights, run_control, saved_dataset
 from diffusers import ControlNetModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
+from safetensors.torch import load_file
 from training import assert_same, metrics, optimizer_of
 
 from finetuning.config import InputError, read_config
+from finetuning.control import make_full
 from finetuning.control_inference import load_control_run
 from finetuning.control_settings import ControlNetConfig
 from finetuning.run import Run
+from finetuning.stable_diffusion import load_stable_diffusion
 from scripts import evaluate
 
 SMALL = ("--checkpointing_steps=2", "--validation_steps=4", "--random_flip", "--proportion_empty_prompts=0.3")
@@ -41,7 +45,7 @@ def test_what_a_light_run_leaves(finished):
     output = finished / "output"
     assert {p.name for p in output.iterdir()} == {
         "checkpoint-2", "checkpoint-4", "hint_encoder", "unet", "validation", "comparison.png", "config.yaml",
-        "metrics.jsonl", "README.md",
+        "environment.json", "metrics.jsonl", "README.md",
     }  # fmt: skip
     assert {p.name for p in (output / "validation").iterdir()} == {
         "consistency.png", "held-out-000000.png", "held-out-000004.png",
@@ -128,12 +132,17 @@ def test_diffusers_own_invocation(sd15_base, tmp_path):
     assert run_control(*arguments, "--max_train_steps=8", *resume) == 0
     assert {p.name for p in output.iterdir() if "checkpoint" in p.name} == {"checkpoint-6", "checkpoint-8"}
 
-    again = [flag for flag in arguments if not flag.startswith("--output_dir")]
-    again += [f"--output_dir={tmp_path / 'again'}", f"--controlnet_model_name_or_path={output}", "--max_train_steps=1"]
+
+def test_a_controlnet_to_go_on_from_and_controls_to_draw_by(finished, toy_base, tmp_path):
+    arguments = control_flags(toy_base, finished / "data", tmp_path / "output", "--max_train_steps=1", adapter=())
+    make_full(load_stable_diffusion(str(toy_base)).unet, 2, 3).save_pretrained(tmp_path / "control")
     draw_photo(1, (64, 64)).save(tmp_path / "control.png")
     shown = [f"--validation_image={tmp_path / 'control.png'}", "--validation_prompt", "a mug", "a dog"]
-    assert run_control(*again, *shown, "--validation_steps=1") == 0
-    assert (tmp_path / "again" / "validation" / "validation-000001.png").is_file()
+    more = [f"--controlnet_model_name_or_path={tmp_path / 'control'}", "--learning_rate=0", "--validation_steps=1"]
+    assert run_control(*arguments, *shown, *more) == 0
+    assert (tmp_path / "output" / "validation" / "validation-000001.png").is_file()
+    before = {f"./{name}": t for name, t in load_file(tmp_path / "control" / SAFETENSORS_WEIGHTS_NAME).items()}
+    assert_same(control_weights(tmp_path / "output"), before)
 
 
 def test_the_kind_of_control_follows_from_the_flags():

@@ -22,7 +22,7 @@ from ..score_table import Row, mean_of
 from .grid import Grid, Piece
 
 BASE = "base model"
-PARTS = ("unet", "text_encoder", "controlnet")
+PARTS = ("unet", "text_encoder", "hint_encoder", "controlnet", ".")  # "." where diffusers has a ControlNet
 
 
 def read_rows(pieces: Iterable[Piece], grid: Grid, scores: Sequence[str]) -> list[Row]:
