@@ -13,6 +13,8 @@ from diffusers import SchedulerMixin, StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .config import InputError
+
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -50,6 +52,27 @@ def choose_scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> Sch
         return pipeline.scheduler
     kind, options = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the fastest there is.
+
+    Raises:
+        InputError: no such device here.
+    """
+    here = [kind for kind, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if there.is_available()]
+    here.append("cpu")
+    if name is not None and name.split(":")[0] not in here:
+        raise InputError(f"--device={name}: not on this machine; there are {', '.join(here)}")
+    return torch.device(name or here[0])
+
+
+def check_size(size: int, pipeline: StableDiffusionPipeline) -> None:
+    """Raises InputError if the UNet cannot halve the picture as often as it must."""
+    multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if size % multiple:
+        near = max(multiple, round(size / multiple) * multiple)
+        raise InputError(f"--resolution={size}: must be a multiple of {multiple} for this model, e.g. {near}")
 
 
 def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish], batch_size: int = 8) -> list[Image.Image]:

@@ -18,7 +18,7 @@ from .model_card import CARD, shared_card
 PATIENCE = 10  # seconds in which the hub must answer at all, before training
 # What others can use of a run. Checkpoints, logs and whatever else lies in its folder stay at home.
 FOLDERS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler", "controlnet", "hint_encoder", "validation")
-ENDINGS = (".md", ".yaml", ".json", ".jsonl", ".png")
+ENDINGS = (".md", ".yaml", ".json", ".jsonl", ".png", ".safetensors")
 MAY_WRITE = ("admin", "write", "contributor")  # roles in an organization
 
 

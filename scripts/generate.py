@@ -5,7 +5,7 @@
     python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug in the snow" --base
     python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug" \\
         --strength 0,0.25,0.5,0.75,1 --seed 0 1 2                      strips from the base to the subject
-    python scripts/generate.py --adapter runs/mug:0.5 runs/robot:0.5 --mix --prompt prompts.txt
+    python scripts/generate.py --adapter runs/mug:0.5 runs/robot:0.5 --mix --each --prompt prompts.txt
 
 Writes one PNG a picture, with its parameters in it as text, and all of them as grid.png.
 """
@@ -20,14 +20,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from PIL import Image
 
-from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen, parse_strength
-from finetuning.config import Config, Group, InputError, read_config, run_command, setting
+from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen, parse_adapter, parse_strength
+from finetuning.config import Config, Group, read_config, run_command, setting
 from finetuning.dataset import read_prompts
-from finetuning.generation import SCHEDULERS, Wish, choose_scheduler, draw, save_with_parameters
-from finetuning.inference import mix_adapters, set_strength
+from finetuning.generation import (
+    SCHEDULERS,
+    Wish,
+    check_size,
+    choose_device,
+    choose_scheduler,
+    draw,
+    save_with_parameters,
+)
+from finetuning.inference import get_strengths, mix_adapters, set_strength
 from finetuning.picture import grid, save_picture
 from finetuning.run import DTYPES, check_writable
 
@@ -44,6 +51,7 @@ class PictureSettings(Group):
     )
     mix: bool = setting(False, "Combine the adapters into one, by their strengths, instead of one after the other.")
     base: bool = setting(False, "Also draw what the base model answers, beside the others.")
+    each: bool = setting(False, "Also draw with each adapter alone, as it was trained, beside the others.")
     scheduler: str | None = setting(None, "How noise is removed. None = the model's own.", choices=tuple(SCHEDULERS))
     num_inference_steps: int | None = setting(None, "Denoising steps. None = as in the run, or 25.", minimum=1)
     guidance_scale: float | None = setting(None, "Classifier-free guidance. None = as in the run, or 7.5.", minimum=0)
@@ -69,7 +77,7 @@ class GenerateConfig(Config):
 
     def faults(self) -> Iterator[str]:
         if not self.adapters.adapter:
-            for name in ("mix", "base"):
+            for name in ("mix", "base", "each"):
                 if getattr(self.pictures, name):
                     yield f"--{name}: needs --adapter; add one or drop this"
             if self.pictures.strength != "1":
@@ -107,27 +115,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in pictures.seed
     ]
     check_size(wishes[0].size, pipeline)
-    columns = {f"strength {factor:g}": factor for factor in factors} if own else {"": 0.0}
-    if pictures.base:
-        columns = {"base model": 0.0, **columns}
+    columns = {"base model": {}} if pictures.base else {}  # {title: {adapter: strength}}
+    columns |= {f"{name} alone": {name: 1.0} for name in own} if pictures.each else {}
+    for factor in factors:
+        title = f"strength {factor:g}" if own else ""
+        if pictures.mix:
+            title = "mixture" if len(factors) == 1 else f"mixture × {factor:g}"
+        columns[title] = {name: strength * factor for name, strength in at_work.items()}
 
     # Draw, column by column:
+    paths = {name: parse_adapter(text)[0] for name, text in zip(own, config.adapters.adapter)}
     drawn = {}
-    for title, factor in columns.items():
-        if own:
-            set_strength(pipeline, {name: strength * factor for name, strength in at_work.items()})
+    for title, wanted in columns.items():
+        set_strength(pipeline, {**dict.fromkeys(get_strengths(pipeline), 0.0), **wanted})
         drawn[title] = draw(pipeline, wishes, pictures.batch_size)
+        mixed = wanted.get("mixture") if pictures.mix else None
+        parts = wanted if mixed is None else {name: weight * mixed for name, weight in own.items()}
         for wish, picture in zip(wishes, drawn[title]):
-            path = output / f"{slug(wish.prompt)}-seed{wish.seed}{'-' + slug(title) if title else ''}.png"
-            paths = zip(config.adapters.adapter, own.values())
             save_with_parameters(
                 picture,
-                path,
+                output / f"{slug(wish.prompt)}-seed{wish.seed}{'-' + slug(title) if title else ''}.png",
                 wish,
                 base=pipeline.name_or_path,
                 scheduler=type(pipeline.scheduler).__name__,
-                adapters={text.removesuffix(f":{s:g}"): s * factor for text, s in paths if s * factor},
-                mixed=pictures.mix,
+                adapters={paths[name]: strength for name, strength in parts.items() if strength},
+                mixed=mixed is not None,
             )
     save_picture(arrange(wishes, drawn), output / "grid.png")
     print(f"{sum(map(len, drawn.values()))} pictures in {output}, all of them in {output / 'grid.png'}")
@@ -142,27 +154,6 @@ def arrange(wishes: Sequence[Wish], drawn: dict[str, list[Image.Image]]) -> Imag
         return grid(rows, columns=[f"seed {seed}" for seed in seeds], captions=[f"“{prompt}”" for prompt in prompts])
     rows = [[pictures[i] for pictures in drawn.values()] for i in range(len(wishes))]
     return grid(rows, columns=list(drawn), captions=[f"“{wish.prompt}”\nseed {wish.seed}" for wish in wishes])
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the fastest there is.
-
-    Raises:
-        InputError: no such device here.
-    """
-    here = [kind for kind, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if there.is_available()]
-    here.append("cpu")
-    if name is not None and name.split(":")[0] not in here:
-        raise InputError(f"--device={name}: not on this machine; there are {', '.join(here)}")
-    return torch.device(name or here[0])
-
-
-def check_size(size: int, pipeline) -> None:
-    """Raises InputError if the UNet cannot halve the picture as often as it must."""
-    multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if size % multiple:
-        near = max(multiple, round(size / multiple) * multiple)
-        raise InputError(f"--resolution={size}: must be a multiple of {multiple} for this model, e.g. {near}")
 
 
 def slug(text: str) -> str:

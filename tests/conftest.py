@@ -160,6 +160,18 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium; what needs it is skipped where it is not installed."""
+    from browser import Browser, find_chromium
+
+    if not (found := find_chromium()):
+        pytest.skip("Chromium or its driver is not installed (Debian: apt-get install chromium chromium-driver)")
+    browser = Browser(*found, tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
 @pytest.fixture(autouse=True)
 def restored_process(monkeypatch):
     """What a run in this process changes for good: accelerate's shared state and the settings of threads."""

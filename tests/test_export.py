@@ -268,10 +268,12 @@ def test_generate_mixes_and_takes_files_and_schedulers(run, toy_base, tmp_path):
     out = tmp_path / "out"
     for scheduler in generate.SCHEDULERS:
         assert script(
-            generate, "--adapter", f"{run}:0.5", f"{other}:0.5", "--mix", "--prompt", prompts,
+            generate, "--adapter", f"{run}:0.5", f"{other}:0.5", "--mix", "--each", "--prompt", prompts,
             "--scheduler", scheduler, "--num_inference_steps", 2, "--output_dir", out / scheduler,
         ) == 0  # fmt: skip
-    record = read_parameters(out / "euler" / "a-red-cat-seed0-strength-1.png")
+    record = read_parameters(out / "euler" / "a-red-cat-seed0-mug-alone.png")
+    assert not record["mixed"] and record["adapters"] == {str(run): 1.0}
+    record = read_parameters(out / "euler" / "a-red-cat-seed0-mixture.png")
     assert record["mixed"] and record["adapters"] == {str(run): 0.5, str(other): 0.5}
     assert record["scheduler"] == "EulerDiscreteScheduler"
     assert script(generate, "--pretrained_model_name_or_path", toy_base, "--prompt", "a cat", "--seed", 1, 2,

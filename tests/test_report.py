@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -131,72 +126,7 @@ def test_unknown_metrics_get_a_chart_and_undefined_values_none(tmp_path):
     assert chart == {"title": "new", "is_noisy": False, "curves": [{"name": "new", "points": [(1, 1), (3, 3)]}]}
 
 
-# In a browser, by the WebDriver protocol
-
-
-class Browser:
-    """Headless Chromium."""
-
-    def __init__(self, chromium: str, driver: str, folder: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.folder = f"http://127.0.0.1:{port}", folder
-        log = open(folder / "chromedriver.log", "w")  # noqa: SIM115 - as long as the process
-        self.process = subprocess.Popen([driver, f"--port={port}"], stdout=log, stderr=log)
-        for _ in range(300):
-            try:
-                self.ask("GET", "/status")
-                break
-            except OSError:
-                time.sleep(0.1)
-        arguments = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--window-size=1280,900",
-        ]
-        options = {"binary": chromium, "args": [*arguments, f"--user-data-dir={folder / 'profile'}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        session = self.ask("POST", "/session", capabilities={"alwaysMatch": wanted})["sessionId"]
-        self.url += f"/session/{session}"
-
-    def ask(self, method: str, path: str, **body: object):
-        data = json.dumps(body).encode() if method == "POST" else None
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.loads(answer.read())["value"]
-
-    def run(self, script: str):
-        return self.ask("POST", "/execute/sync", script=script, args=[])
-
-    def press(self, selector: str, key: str) -> None:
-        element = self.ask("POST", "/element", using="css selector", value=selector)
-        self.ask("POST", f"/element/{next(iter(element.values()))}/value", text=key)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
-
-    def close(self) -> None:
-        try:
-            self.ask("DELETE", "")
-        finally:
-            self.process.terminate()
-            self.process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("Chromium or its driver is not installed (Debian: apt-get install chromium chromium-driver)")
-    browser = Browser(chromium, driver, tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
+# In a browser
 
 
 LEFT = "\ue012"  # WebDriver's arrow key
@@ -224,7 +154,6 @@ def test_the_slider_moves_and_nothing_fails(page, browser):
     browser.run("document.querySelector('.chart svg').dispatchEvent(new PointerEvent('pointermove', {clientX: 640}))")
     assert "at step" in browser.run("return document.querySelector('.legend').textContent")
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
-    messages = browser.ask("POST", "/se/log", type="browser")
-    assert not [m for m in messages if m["level"] in ("SEVERE", "WARNING")], messages
+    assert not (complaints := browser.complaints()), complaints
     browser.screenshot(page.with_suffix(".png"))
     assert page.with_suffix(".png").stat().st_size > 10_000

@@ -1,0 +1,226 @@
+#!/usr/bin/env python
+"""A page to try what was trained: a prompt, the strength of each adapter, the base model beside the tuned one.
+
+    pip install gradio -c constraints.txt
+    python scripts/app.py                                     # the adapters found in data/output
+    python scripts/app.py --adapter runs/mug runs/robot --port 7861
+
+The page is served to this machine alone, loads nothing from elsewhere and reports nothing to anybody.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from PIL import Image
+
+from finetuning.adapter_choice import AdapterChoice, find_base, find_run_setting, parse_adapter
+from finetuning.adapter_folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
+from finetuning.config import Config, Group, InputError, read_config, run_command, setting
+from finetuning.generation import Wish, choose_device, draw
+from finetuning.inference import load_adapter, load_base, strengths, unload_adapter
+from finetuning.run import CONFIG
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+HERE = "127.0.0.1"
+SHOWN = 512  # side in pixels to which smaller pictures are enlarged on the page
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass
+class PageSettings(Group):
+    """Page"""
+
+    runs: str = setting("data/output", "Folder below which adapters are looked for, without --adapter.")
+    port: int = setting(7860, "Port of the page on this machine.", minimum=1, maximum=65535)
+    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
+
+
+@dataclass
+class AppConfig(Config):
+    """Everything that app.py can be told."""
+
+    page: PageSettings
+    adapters: AdapterChoice
+
+
+class Easel:
+    """A base model on which adapters are put as they are asked for.
+
+    Args:
+        adapters: {path: strength at the beginning}; any_base: also load those that were trained on another base.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, adapters: dict[str, float], any_base: bool = False):
+        self.pipeline, self.adapters, self.any_base = pipeline, adapters, any_base
+        self.loaded: dict[str, str] = {}  # the adapters on the pipeline: {path: name there}
+        self.size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        self._lock = Lock()
+
+    def draw(self, wish: Wish, wanted: dict[str, float]) -> tuple[Image.Image, Image.Image]:
+        """The base model's picture and the one with adapters at the wanted strengths, {path: strength}, on one noise.
+
+        Raises:
+            InputError: an adapter cannot be had, or two cannot be together.
+        """
+        wanted = {path: strength for path, strength in wanted.items() if strength}
+        with self._lock:
+            if not wanted.keys() <= self.loaded.keys():
+                self.load(wanted)
+            at_work = {name: wanted.get(path, 0.0) for path, name in self.loaded.items()}
+            with strengths(self.pipeline, at_work):
+                (tuned,) = draw(self.pipeline, [wish])
+            with strengths(self.pipeline, 0):
+                (base,) = draw(self.pipeline, [wish])
+        return base, tuned
+
+    def load(self, wanted: dict[str, float]) -> None:
+        if self.loaded:
+            unload_adapter(self.pipeline)
+        self.loaded = {}
+        for path in wanted:
+            self.loaded[path] = load_adapter(self.pipeline, path, 0.0, check_base=not self.any_base)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = read_config(AppConfig, argv, __doc__)
+    page, choice = config.page, config.adapters
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("scripts/app.py: gradio is not installed; pip install gradio")
+    check_port(page.port)
+    if not choice.adapter:
+        newest, *others = find_adapters(Path(page.runs))
+        choice = replace(choice, adapter=[newest, *(f"{path}:0" for path in others)])
+    first, _ = parse_adapter(choice.adapter[0])
+    name = choice.pretrained_model_name_or_path
+    name, options = (name, {}) if name else find_base(first)
+    pipeline = load_base(name, **options, device=choose_device(page.device))
+    easel = Easel(pipeline, of_this_base(choice, name), choice.any_base)
+    look = {
+        "steps": find_run_setting(choice, "num_inference_steps", 25),
+        "guidance_scale": find_run_setting(choice, "guidance_scale", 7.5),
+    }
+    prompts = find_run_setting(choice, "validation_prompt", [])
+    prompt = prompts[0] if prompts else find_run_setting(choice, "instance_prompt", "")
+    print(f"adapters: {', '.join(easel.adapters) or 'none'}\nthe page: http://{HERE}:{page.port}", flush=True)
+    serve(easel, prompt, look, page.port)
+
+
+def check_port(port: int) -> None:
+    """Raises InputError if something else listens there."""
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind((HERE, port))
+        except OSError as error:
+            raise InputError(f"--port={port}: cannot be used ({error.strerror}); give another") from error
+
+
+def find_adapters(folder: Path) -> list[str]:
+    """Runs below a folder that hold adapters, newest first; a run's checkpoints are not among them.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [
+        config.parent
+        for config in folder.rglob(CONFIG)
+        if not config.parent.name.startswith("checkpoint-")
+        and any((config.parent / part / ADAPTER_CONFIG).is_file() for part in PARTS)
+    ]
+    if not found:
+        raise InputError(f"--runs={folder}: no adapter is below it; train one, or give --adapter or another folder")
+    return [str(run) for run in sorted(found, key=lambda run: (run / CONFIG).stat().st_mtime, reverse=True)]
+
+
+def of_this_base(choice: AdapterChoice, base: str) -> dict[str, float]:
+    """{path: strength} of the chosen adapters, without those of another base, which are named."""
+    kept = {}
+    for path, strength in map(parse_adapter, choice.adapter):
+        try:
+            if not choice.any_base:
+                check_same_base(base, trained_on(local_folder(path)), path)
+            kept[path] = strength
+        except InputError as error:
+            print(f"left out: {error}")
+    return kept
+
+
+def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
+    """The page, until it is interrupted."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    import gradio
+
+    def answer(prompt, seed, steps, guidance_scale, *given):
+        try:
+            if not prompt.strip():
+                raise InputError("the prompt is empty")
+            if seed is None or not 0 <= seed <= LARGEST_SEED or seed != int(seed):
+                raise InputError(f"seed {seed}: must be a whole number from 0 to {LARGEST_SEED}")
+            wish = Wish(prompt, int(seed), steps=int(steps), guidance_scale=guidance_scale, size=easel.size)
+            return tuple(map(enlarged, easel.draw(wish, dict(zip(easel.adapters, given)))))
+        except InputError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
+
+    with gradio.Blocks(title="Try what was trained", analytics_enabled=False) as blocks, gradio.Row():
+        with gradio.Column(scale=2):
+            prompt_box = gradio.Textbox(prompt, label="Prompt", lines=2, elem_id="prompt")
+            sliders = [
+                gradio.Slider(0, 1.5, strength, step=0.05, label=f"{name}: strength")
+                for name, strength in zip(unique_names(list(easel.adapters)), easel.adapters.values())
+            ]
+            with gradio.Row():
+                seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                steps = gradio.Slider(1, 100, look["steps"], step=1, label="Denoising steps")
+                guidance = gradio.Slider(0, 15, look["guidance_scale"], step=0.5, label="Guidance")
+            button = gradio.Button("Draw", variant="primary", elem_id="draw")
+        with gradio.Column(scale=3), gradio.Row():
+            plain = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
+            pictures = [
+                gradio.Image(label="base model", elem_id="base", **plain),
+                gradio.Image(label="tuned", elem_id="tuned", **plain),
+            ]
+        inputs = [prompt_box, seed, steps, guidance, *sliders]
+        for event in (button.click, prompt_box.submit):
+            event(answer, inputs, pictures, concurrency_limit=1, concurrency_id="easel", api_name=False)
+    system = ["system-ui", "sans-serif"]  # gradio's own fonts come from the network
+    blocks.launch(
+        server_name=HERE,
+        server_port=port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gradio.themes.Default(font=system, font_mono=["monospace"]),
+    )
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """The folders' names, with as much of the path before them as tells them apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """Small pictures in whole multiples of their size, so that the browser does not blur them unevenly."""
+    times = max(1, SHOWN // max(picture.size))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.LANCZOS)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

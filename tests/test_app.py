@@ -1,0 +1,119 @@
+"""The page to try adapters: in a browser, a prompt is typed, a button pressed, two pictures come."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from test_inference import MAKERS, write_run
+
+from finetuning.config import run_command
+from scripts import app
+
+SELECT_ALL, DELETE = "\ue009a\ue009", "\ue017"
+WIDTHS = "return ['base', 'tuned'].map(id => document.querySelector(`#${id} img`)?.naturalWidth || 0)"
+PIXELS = """return ['base', 'tuned'].map(id => {
+    const canvas = document.createElement('canvas'), image = document.querySelector(`#${id} img`);
+    canvas.width = canvas.height = 32;
+    canvas.getContext('2d').drawImage(image, 0, 0, 32, 32);
+    return canvas.toDataURL();
+})"""
+
+
+@pytest.fixture(scope="module")
+def runs(toy_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("app") / "output"
+    for i, name in enumerate(("mug", "robot")):
+        run = write_run(folder / name, toy_base, MAKERS["boft"], seed=i)
+        settings = {"pretrained_model_name_or_path": str(toy_base), "num_inference_steps": 2, "guidance_scale": 3.0}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"instance_prompt": "a photo of qwe mug"}))
+    write_run(folder / "mug" / "checkpoint-2", toy_base, MAKERS["boft"])  # which is not offered
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    pytest.importorskip("gradio", reason="gradio is not installed (requirements-dev.txt)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--runs", str(runs), "--port", str(port)]
+    threading.Thread(target=run_command, args=(app.main, arguments), daemon=True).start()
+    yield f"http://127.0.0.1:{port}"
+    import gradio
+
+    gradio.close_all(verbose=False)
+
+
+def test_a_prompt_becomes_two_pictures(page, browser, tmp_path):
+    for _ in range(600):
+        try:
+            text = urllib.request.urlopen(page, timeout=5).read().decode()
+            break
+        except OSError:
+            threading.Event().wait(0.1)
+    assert '"analytics_enabled":false' in text.replace(" ", "")
+    browser.ask("POST", "/url", url=page)
+    browser.wait("return document.querySelector('#draw')")
+    labels = browser.run("return [...document.querySelectorAll('input[type=range]')].map(e => e.ariaLabel)")
+    assert sum("strength" in label for label in labels) == 2 and not any("checkpoint" in label for label in labels)
+
+    browser.press("#prompt textarea", SELECT_ALL + DELETE)
+    browser.click("#draw")
+    assert "the prompt is empty" in browser.wait("return document.querySelector('.toast-body')?.textContent")
+    browser.press("#prompt textarea", "a photo of qwe mug in the snow")
+    browser.click("#draw")
+    browser.wait(f"const widths = (() => {{ {WIDTHS} }})(); return Math.min(...widths) >= 500 && widths")
+    base, tuned = browser.run(PIXELS)
+    assert base != tuned and len(base) > 500
+    foreign = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(origin))"
+    assert not [name for name in browser.run(foreign) if not name.startswith(("data:", "blob:"))]
+    assert not (complaints := browser.complaints()), complaints
+    browser.screenshot(tmp_path / "app.png")
+    assert (tmp_path / "app.png").stat().st_size > 10_000
+
+
+def test_strengths_are_honoured(runs, toy_base):
+    from finetuning.generation import Wish, draw
+    from finetuning.inference import load_adapter, load_base
+
+    mug, robot = str(runs / "mug"), str(runs / "robot")
+    easel = app.Easel(load_base(str(toy_base)), {mug: 1.0, robot: 0.0})
+    wish = Wish("a red mug", seed=1, steps=2, size=easel.size)
+    base, one = easel.draw(wish, {mug: 1.0, robot: 0.0})
+    assert easel.draw(wish, {mug: 0.0, robot: 0.0}) == (base, base)
+    again, both = easel.draw(wish, {mug: 0.5, robot: 1.0})
+    assert again == base and list(easel.loaded) == [mug, robot] and both not in (base, one)
+    assert easel.draw(wish, {mug: 1.0})[1] == one  # without loading anew
+    pipeline = load_base(str(toy_base))
+    assert draw(pipeline, [wish]) == [base]
+    load_adapter(pipeline, mug)
+    assert draw(pipeline, [wish]) == [one]
+
+
+def test_names_on_the_page_tell_runs_apart():
+    assert app.unique_names(["runs/mug", "runs/robot"]) == ["mug", "robot"]
+    assert app.unique_names(["a/mug", "b/mug"]) == ["a/mug", "b/mug"]
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    def fails(*arguments: object) -> str:
+        assert run_command(app.main, [str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    with monkeypatch.context() as changed:
+        changed.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "gradio is not installed; pip install gradio" in fails()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert "no adapter is below it" in fails("--runs", tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "cannot be used" in fails("--runs", tmp_path, "--port", taken.getsockname()[1])
