@@ -208,6 +208,10 @@ class BOFTLayer(BaseTunerLayer):
         blocks = self.solved.blocks(adapter)
         return super_blocks(self.solvable(adapter)) if blocks is None else blocks
 
+    def prepare_product(self, adapter: str, blocks: Tensor) -> None:
+        """Looks up once what every call in a forward pass needs. Called by the model's hook, with the super-blocks of
+        the one adapter that is applied, in the dtype of the product."""
+
     def scales(self, adapters: Sequence[str]) -> Tensor:
         """Product of the adapters' scales with their strengths, (o,)."""
         result = None
@@ -338,13 +342,19 @@ class Linear(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., d) -> (..., o), in the dtype of x."""
+        self.solved.check_grad_mode()
+        product, dtype = self.solved.product(), compute_dtype(x)
+        if product is not None and product[0].dtype == dtype:  # what the rest would come to, looked up by the hook
+            blocks, W, s, bias = product
+            bias = None if bias is None else bias.to(dtype)
+            return rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias).to(x.dtype)
+
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.applied_adapters()
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs).to(x.dtype)
 
-        self.solved.check_grad_mode()
         trains = self.trains(adapters)
         if trains:
             self.rotated_weight.forget()
@@ -367,6 +377,11 @@ class Linear(nn.Module, BOFTLayer):
         if W.requires_grad or torch.compiler.is_compiling():
             return linear_reference(x, blocks, W, s, bias)
         return rotated_linear(x, blocks, W, s, bias)
+
+    def prepare_product(self, adapter: str, blocks: Tensor) -> None:
+        base = self.get_base_layer()
+        if self._base_is_plain() and not base.weight.requires_grad:
+            self.solved.put_product(blocks, self._as_rows(base.weight), self.scales([adapter]), base.bias)
 
     def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
         """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""

@@ -33,7 +33,12 @@ class Solved(Forgotten):
     def __init__(self):
         self._blocks: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
+        self._product: tuple | None = None
         self.in_forward = False
+
+    def put_product(self, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None) -> None:
+        """Arguments of `rotated_linear` for all calls in this forward pass."""
+        self._product = blocks, W, s, bias
 
     def put_blocks(self, adapter: str, blocks: Tensor) -> None:
         self._blocks[adapter] = blocks
@@ -47,6 +52,9 @@ class Solved(Forgotten):
     def kept(self, adapter: str) -> Tensor | None:
         return self._kept.get(adapter) if self._usable() else None
 
+    def product(self) -> tuple | None:
+        return self._product if self._usable() else None
+
     def forget(self) -> None:
         self.__init__()
 
@@ -56,7 +64,7 @@ class Solved(Forgotten):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return
         if any(tensor.requires_grad for tensor in self._blocks.values()):
-            self._blocks = {}
+            self._blocks, self._product = {}, None
 
     def _usable(self) -> bool:
         if torch.compiler.is_compiling():
@@ -91,12 +99,16 @@ class RotatedWeight(Forgotten):
     def is_current(self, layer, adapters: Sequence[str]) -> bool:
         if self.verified:
             return True
+        pairs = self.pairs(layer, adapters)
+        return pairs is not None and all(torch.equal(kept, parameter) for kept, parameter in pairs)
+
+    def pairs(self, layer, adapters: Sequence[str]) -> list[tuple[Tensor, Tensor]] | None:
+        """The parameters that the weight was made of, as they were and as they are; None if it cannot be current."""
         if self.weight is None or self._made_of != self._origin(layer, adapters):
-            return False
-        return all(
-            kept.device == parameter.device and kept.dtype == parameter.dtype and torch.equal(kept, parameter)
-            for kept, parameter in zip(self._parameters, self._list(layer, adapters))
-        )
+            return None
+        pairs = list(zip(self._parameters, self._list(layer, adapters)))
+        same_kind = all((kept.device, kept.dtype) == (now.device, now.dtype) for kept, now in pairs)
+        return pairs if same_kind else None
 
     def forget(self) -> None:
         self.__init__()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from boft.layer import BOFTLayer, draw_kept_blocks
 from boft.super_blocks import super_blocks
@@ -61,21 +61,27 @@ class RotationSolver:
             layer.solved.forget()
             layer.solved.in_forward = True
             layer.rotated_weight.verified = False
+        calls = [Call(layer) for layer in layers if not (layer.disable_adapters or layer.merged)]
+        for call in calls:
+            if call.trains:
+                call.layer.rotated_weight.forget()
+        verify_rotated_weights([call for call in calls if not call.trains])
+
         groups = defaultdict(list)
-        for layer in layers:
-            for adapter in unsolved(layer):
-                if layer.drops(adapter):
-                    layer.solved.put_kept(
-                        adapter, draw_kept_blocks(layer.boft_R[adapter], layer.boft_dropout[adapter])
-                    )
-                R = layer.solvable(adapter)
-                key = (R.shape[0], R.shape[-1], R.device, R.dtype)
-                groups[key].append((layer, adapter, R))
+        for call in calls:
+            if call.layer.rotated_weight.verified:
+                continue
+            for adapter in call.adapters:
+                R = call.solvable(adapter)
+                groups[R.shape[0], R.shape[-1], R.device, R.dtype].append((call, adapter, R))
         for (m, *_), members in groups.items():
             blocks = super_blocks(torch.cat([R for _, _, R in members], dim=1))  # (Σ D / 2^(m-1), K, K)
             sizes = [R.shape[1] >> (m - 1) for _, _, R in members]
-            for (layer, adapter, _), part in zip(members, blocks.split(sizes)):
-                layer.solved.put_blocks(adapter, part)
+            cast = blocks.to(multiplied_dtype(members[0][0].layer))
+            for (call, adapter, _), part, cast_part in zip(members, blocks.split(sizes), cast.split(sizes)):
+                call.layer.solved.put_blocks(adapter, part)
+                if call.trains and len(call.adapters) == 1:
+                    call.layer.prepare_product(adapter, cast_part)
 
     def after_forward(self, model: nn.Module, args, output) -> None:
         if torch.compiler.is_compiling():
@@ -84,12 +90,39 @@ class RotationSolver:
             layer.solved.in_forward = layer.rotated_weight.verified = False
 
 
-def unsolved(layer: BOFTLayer) -> list[str]:
-    """The adapters of a layer whose rotations the coming forward pass needs."""
-    if layer.disable_adapters or layer.merged:
-        return []
-    adapters = layer.applied_adapters()
-    if not layer.trains(adapters) and layer.rotated_weight.is_current(layer, adapters):
-        layer.rotated_weight.verified = True
-        return []
-    return adapters
+class Call:
+    """What a layer is about to do in a forward pass: the adapters that it applies, and whether they train."""
+
+    def __init__(self, layer: BOFTLayer):
+        self.layer, self.adapters = layer, layer.applied_adapters()
+        self.trains = layer.trains(self.adapters)
+
+    def solvable(self, adapter: str) -> Tensor:
+        """R to start from, with one draw of dropout for the whole forward pass."""
+        layer = self.layer
+        if layer.drops(adapter):
+            layer.solved.put_kept(adapter, draw_kept_blocks(layer.boft_R[adapter], layer.boft_dropout[adapter]))
+        return layer.solvable(adapter)
+
+
+def verify_rotated_weights(calls: list[Call]) -> None:
+    """Compares the parameters of all layers that keep a rotated weight in one go: each comparison would have a GPU
+    wait for its result."""
+    groups = defaultdict(list)
+    for call in calls:
+        pairs = call.layer.rotated_weight.pairs(call.layer, call.adapters) if call.adapters else None
+        if pairs:
+            groups[pairs[0][1].device, pairs[0][1].dtype].append((call.layer, pairs))
+    for members in groups.values():
+        kept, now = (torch.cat([pair[i].flatten() for _, pairs in members for pair in pairs]) for i in (0, 1))
+        is_same = torch.equal(kept, now)
+        for layer, pairs in members:
+            layer.rotated_weight.verified = is_same or all(torch.equal(kept, now) for kept, now in pairs)
+
+
+def multiplied_dtype(layer: BOFTLayer) -> torch.dtype:
+    """The dtype that a layer and its neighbours can be expected to multiply in, so that one cast serves them all."""
+    weight = layer.get_base_layer().weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype if weight.is_floating_point() else torch.float32  # integers: quantized
