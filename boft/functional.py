@@ -20,10 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from boft.rotation import apply_blocks, rotate_weight
 
-# Up to this many rows the rotated activations are copied to row-major order: with a transposed operand, BLAS uses
-# another kernel for so few rows, and a fresh adapter would differ from the base layer in the last bit.
-_FEW_ROWS = 32
-
 
 def rotated_linear(
     x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None, weight_side: bool | None = None
@@ -78,14 +74,10 @@ def linear_reference(x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tens
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, W, s, bias, weight_side):
-        n, K, _ = blocks.shape
         if weight_side:
             u = F.linear(x, rotate_weight(W, blocks), bias)
         else:
-            columns = x.reshape(-1, n, K).permute(1, 2, 0)  # (n, K, T), a view
-            z = torch.bmm(blocks.mT, columns).view(n * K, -1).t()  # (T, d), in column-major order
-            z = z.contiguous() if z.shape[0] <= _FEW_ROWS else z
-            u = F.linear(z, W, bias).view(*x.shape[:-1], W.shape[0])
+            u = F.linear(apply_blocks(x, blocks), W, bias)
         ctx.weight_side = weight_side
         ctx.save_for_backward(x, blocks, W, s, bias, u if ctx.needs_input_grad[3] else None)
         return scale_output(u, s, bias)
@@ -94,7 +86,7 @@ class _RotatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, blocks, W, s, bias, u = ctx.saved_tensors
-        (n, K, _), (o, d) = blocks.shape, W.shape
+        (n, K, _), o = blocks.shape, W.shape[0]
         g = grad.reshape(-1, o)  # (T, o)
         dx = dblocks = ds = dbias = None
 
@@ -112,11 +104,11 @@ class _RotatedLinear(torch.autograd.Function):
                     dblocks = torch.bmm(columns, dx.view(-1, n, K).transpose(0, 1)) @ blocks
                 dx = dx.view(x.shape)
             else:
-                dz = ((g * s).to(W.dtype) @ W).view(-1, n, K)  # (T, n, K); row-major, as BLAS likes it
+                dz = (g * s).to(W.dtype) @ W  # (T, d)
                 if needs_blocks:
-                    dblocks = torch.bmm(columns, dz.transpose(0, 1))
+                    dblocks = torch.bmm(columns, dz.view(-1, n, K).transpose(0, 1))
                 if needs_x:
-                    dx = torch.bmm(blocks, dz.permute(1, 2, 0)).view(d, -1).t().reshape(x.shape)
+                    dx = apply_blocks(dz, blocks.mT).view(x.shape)
         return dx if needs_x else None, dblocks, None, ds, dbias.to(bias.dtype) if needs_bias else None, None
 
 
