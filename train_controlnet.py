@@ -28,7 +28,8 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
-from finetuning.builders import build_base, build_optimizer, build_run, build_sampler, build_trackers
+from finetuning.averages import Averages, applied
+from finetuning.builders import build_base, build_hub, build_optimizer, build_run, build_sampler, build_trackers
 from finetuning.checkpoint import Checkpoints, write_folder
 from finetuning.config import InputError, read_config, run_command
 from finetuning.control import PARTS, predict
@@ -41,7 +42,8 @@ from finetuning.dataset import read_prompts, to_image
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
 from finetuning.picture import grid, save_picture
 from finetuning.randomness import integers, normal, seed_modules
-from finetuning.run import DTYPES, read_metrics
+from finetuning.report import read_metrics
+from finetuning.run import DTYPES, METRICS
 from finetuning.sampling import evaluating
 from finetuning.state import TrainingState
 from toyworld.controls import Controls
@@ -87,6 +89,8 @@ class ControlNet:
             optimizer.step()
             self.schedule.step()
             optimizer.zero_grad()
+            if self.averages is not None:
+                self.averages.step()
 
             self.log(step, loss, gradient_norm, learning_rate)
             if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
@@ -95,10 +99,13 @@ class ControlNet:
                     self.checkpoints.save(step, self.state)
                 run.wait()
             if step % config.validation.validation_steps == 0 and run.is_main:
-                self.validate(step)
+                with applied(self.averages):
+                    self.validate(step)
 
+        run.check_same(optimizer)
         if run.is_main and not run.exit_code:
-            self.finish(step)
+            with applied(self.averages):
+                self.finish(step)
         run.close()
         return run.exit_code
 
@@ -186,6 +193,10 @@ class ControlNet:
             total_batch=self.total_batch,
             rates={} if rate is None else {PARTS[config.kind]: rate},
         )
+        self.averages = None
+        if config.averages.use_ema:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.averages = Averages(trained, config.averages.ema_decay)
         self.sampler = build_sampler(
             self.base, validation, data.resolution, validation.sample_batch_size, DTYPES[config.model.mixed_precision]
         ).controlled(self.control, validation.controlnet_conditioning_scale)
@@ -201,6 +212,7 @@ class ControlNet:
             data_flag="--train_data_dir" if data.train_data_dir else "--dataset_name",
             total_batch=self.total_batch,
             scaler=self.run.scaler,
+            averages=self.averages,
         )
         self.checkpoints = Checkpoints(self.output, config.checkpoints.checkpoints_total_limit)
         found = self.checkpoints.choose(
@@ -209,6 +221,7 @@ class ControlNet:
         is_endless = config.optimization.lr_scheduler in SCHEDULES_WITHOUT_END
         may_change = ("max_train_steps",) if is_endless else ()
         self.first_step = self.state.read(found, self.last_step, may_change) if found else 0
+        self.hub = build_hub(config.tracking, self.output)
 
     def prepare(self) -> None:
         """Open the folder, and compute once what never changes."""
@@ -274,7 +287,7 @@ class ControlNet:
         pictures = self.sampler(batch.prompts, self.seed, batch.keys, batch.conditions)
         found = consistency(pictures, self.wanted, self.detectors)
         self.run.log(step, held_out_loss=errors.mean().item(), **found.scores)
-        plot_course(read_metrics(self.output, list(found.scores)), self.output / "validation" / "consistency.png")
+        plot_course(read_metrics(self.output / METRICS), found.scores, self.output / "validation" / "consistency.png")
         self.run.log_picture(step, "held-out", self.picture(pictures))
         if self.shown:
             conditions, prompts = self.shown
@@ -299,7 +312,7 @@ class ControlNet:
             if name == "controlnet":  # where diffusers' script has it
                 adapter.save(self.output)
             else:
-                write_folder(self.output / name, adapter.save)
+                write_folder(self.output / name, adapter.save, adapter.size())
         batch, path = self.held_out, self.output / "comparison.png"
         pictures = self.sampler(batch.prompts[:SHOWN], self.seed, batch.keys[:SHOWN], batch.conditions[:SHOWN])
         save_picture(self.picture(pictures), path)
@@ -321,6 +334,8 @@ class ControlNet:
             picture=path.name,
         )
         (self.output / "README.md").write_text(card, encoding="utf-8")
+        if self.hub:
+            self.run.say(f"uploaded: {self.hub.upload(self.output)}")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .model_card import licence_of
 
 _LIGHT = """from PIL import Image
 
 from finetuning.control_inference import load_control_run
 
-pipeline = load_control_run("{folder}")
+run = "{folder}"
+pipeline = load_control_run(run)
 control = Image.open("control.png")
 """
 _FULL = """import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-controlnet = ControlNetModel.from_pretrained("{folder}")
+run = "{folder}"
+controlnet = ControlNetModel.from_pretrained(run)
 pipeline = StableDiffusionControlNetPipeline.from_pretrained(
     "{base}", controlnet=controlnet, torch_dtype=torch.float32
 )
@@ -37,7 +42,14 @@ def control_card(
             None; facts: further lines, name to value; picture: file name of a picture in the folder.
     """
     tags = ["stable-diffusion", "text-to-image", "controlnet", "diffusers", *([adapter] if adapter else [])]
-    front = {"base_model": base, "library_name": "diffusers", "tags": tags}
+    licence = licence_of(base)
+    front = {
+        **({"license": licence} if licence else {}),
+        **({} if Path(base).is_dir() else {"base_model": base}),  # the hub refuses what is no name on it
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": tags,
+    }
     code = (_FULL if control == "full" and adapter is None else _LIGHT).format(base=base, folder=folder) + _DRAW
     lines = [
         f"# {control.capitalize()} control of `{base}`",
@@ -48,13 +60,19 @@ def control_card(
         "",
         f"![controls, results, overlays]({picture})",
         "",
+        "```python",
+        code,
+        "```",
+        "",
+        "## Parameters",
+        "",
         "| setting | value |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts.items()),
         "",
-        "```python",
-        code,
-        "```",
+        "## Licence",
+        "",
+        f"`{licence}`, the base model's." if licence else f"The terms of the base model, `{base}`, go on to this one.",
         "",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)

@@ -11,7 +11,7 @@ nothing that it can compare, the picture is counted as a failure, not dropped in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,15 +250,16 @@ def overlay(picture: Image.Image, condition: torch.Tensor, side: int = 192) -> I
     return Image.fromarray((image * (1 - 0.85 * alpha) + HIGHLIGHT * 0.85 * alpha).round().astype(np.uint8))
 
 
-def plot_course(course: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Scores over steps, {name: [(step, score), …]}: where control sets in, the curves leave their floor."""
+def plot_course(metrics: Sequence[Mapping[str, float]], names: Iterable[str], path: Path) -> None:
+    """Scores over steps, from the lines of metrics.jsonl: where control sets in, they leave their floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, points in course.items():
+    for name in names:
+        points = [(line["step"], line[name]) for line in metrics if name in line]
         axes.plot(*zip(*points), marker="o", markersize=3, label=name.replace("_", " "))
     axes.set(xlabel="optimizer steps", ylabel="agreement with the control", ylim=(0, 1))
     axes.grid(alpha=0.3)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from huggingface_hub import snapshot_download
 
 from .adapter_folder import ADAPTER_CONFIG, load_run_config
 from .config import InputError
@@ -20,10 +21,12 @@ def load_control_run(
 ) -> LightControlPipeline | StableDiffusionControlNetPipeline:
     """The pipeline that a run of train_controlnet.py has trained: base, hint encoder or ControlNet, and adapter.
 
+    run: its folder, or the name of a repository on the hub that it was uploaded to.
+
     Raises:
         InputError: not such a run, or one that has not ended.
     """
-    run = Path(run)
+    run = _local(run)
     config = load_run_config(run)
     if "conditioning_channels" not in config:
         raise InputError(f"{run}: is a run of train_dreambooth.py; give one of train_controlnet.py")
@@ -43,3 +46,13 @@ def load_control_run(
     if (run / "unet" / ADAPTER_CONFIG).is_file():
         load_adapter(pipeline, run)
     return pipeline
+
+
+def _local(run: str | Path) -> Path:
+    if Path(run).exists() or str(run).count("/") != 1:
+        return Path(run)
+    try:
+        return Path(snapshot_download(str(run)))
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{run}: no such folder, and not loaded from the hub; {text}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .config import Config, Group, setting
 from .settings import (
     AdapterSettings,
+    AverageSettings,
     CheckpointSettings,
     DataSettings,
     ModelSettings,
@@ -37,7 +38,7 @@ class ControlSettings(Group):
         choices=("light", "full"),
     )
     controlnet_model_name_or_path: str | None = setting(
-        None, "A ControlNet to go on from, for full. None = one made from the UNet."
+        None, "A ControlNet to go on from, for full. None = one made from the UNet.", folder="perhaps"
     )
     control_learning_rate: float | None = setting(
         None, "Peak rate of hint encoder or ControlNet. None = --learning_rate.", minimum=0
@@ -59,14 +60,18 @@ class ControlDataSettings(DataSettings):
     """Images and controls"""
 
     dataset_name: str | None = setting(
-        None, "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end."
+        None,
+        "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end.",
+        folder="perhaps",
     )
     dataset_config_name: str | None = setting(None, "Configuration of the data set. None = its only one.")
     train_data_dir: str | None = setting(
-        None, "Folder of images with metadata.jsonl (file_name, text, conditioning_image), or captions in name.txt."
+        None,
+        "Folder of images with metadata.jsonl (file_name, text, conditioning_image), or captions in name.txt.",
+        folder="always",
     )
     conditioning_data_dir: str | None = setting(
-        None, "Folder of controls for --train_data_dir, each named like its image."
+        None, "Folder of controls for --train_data_dir, each named like its image.", folder="always"
     )
     image_column: str = setting("image", "Column of the image.")
     conditioning_image_column: str = setting("conditioning_image", "Column of the control.")
@@ -80,7 +85,7 @@ class ControlDataSettings(DataSettings):
     canny_low: float = setting(100, "Lower threshold of canny at 512 pixels; higher in smaller pictures.", minimum=0)
     canny_high: float = setting(200, "Upper threshold of canny.", minimum=0)
     segmentation_model: str | None = setting(
-        None, "Folder or hub name of a SegFormer, e.g. nvidia/segformer-b5-finetuned-ade-640-640."
+        None, "Folder or hub name of a SegFormer, e.g. nvidia/segformer-b5-finetuned-ade-640-640.", folder="perhaps"
     )
     conditioning_resize: str | None = setting(
         None,
@@ -97,7 +102,7 @@ class ControlDataSettings(DataSettings):
         None, "Split to measure on. None = --held_out_images of the training split, chosen by the seed."
     )
     held_out_data_dir: str | None = setting(
-        None, "Folder to measure on, like --train_data_dir. None = images carved off by the seed."
+        None, "Folder to measure on, like --train_data_dir. None = images carved off by the seed.", folder="always"
     )
     held_out_images: int | None = setting(
         None, "Images to measure on, never trained on. None = 16, but at most a tenth of what they are carved off.",
@@ -192,6 +197,7 @@ class ControlNetConfig(Config):
     control: ControlSettings
     adapter: ControlAdapterSettings
     optimization: OptimizationSettings
+    averages: AverageSettings
     objective: ObjectiveSettings
     checkpoints: CheckpointSettings
     validation: ControlValidationSettings

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -255,17 +255,6 @@ def check_writable(folder: Path, flag: str) -> None:
         raise InputError(f"{flag}={folder}: no permission to write in {place}")
     if shutil.disk_usage(place).free < 2**20:
         raise InputError(f"{flag}={folder}: the disk is full")
-
-
-def read_metrics(folder: Path, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(step, value), …]} of a run's log; names that it has not are left out."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        for name in names:
-            if name in values:
-                found.setdefault(name, []).append((values["step"], values[name]))
-    return found
 
 
 def _step_of_line(line: str) -> int:
