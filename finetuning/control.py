@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .config import InputError
 
 WIDTHS = (16, 32, 96, 256)  # of the papers' encoder
+SILU_GAIN = 1.68  # keeps the size of features from layer to layer; by torch's own default they would fade
 PARTS = {"light": "hint_encoder", "full": "controlnet"}  # what the module of a kind of control is called
 
 
@@ -50,8 +51,10 @@ class HintEncoder(ModelMixin, ConfigMixin):
         for k, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Conv2d(narrow, wide, 3, stride=2 if k < halvings else 1, padding=1))
             layers.append(nn.Conv2d(wide, wide if k < len(widths) - 2 else out_channels, 3, padding=1))
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=SILU_GAIN / math.sqrt(layer.weight[0].numel()))
+            nn.init.zeros_(layer.bias)
         nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, condition: torch.Tensor) -> torch.Tensor:
