@@ -54,15 +54,16 @@ def kill_test(training: Sequence[str], kills: int, moments: random.Random, folde
     while killed < kills:
         output = folder / "killed"
         shutil.rmtree(output, ignore_errors=True)
-        survived = False
+        survived, is_fresh = False, True
         while not survived:
+            started = time.monotonic()
             child = start(training, output, log=folder / "log")
-            if killed < kills:
-                time.sleep(moments.uniform(0, duration))
-                os.kill(child, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            code = end(child, moments.uniform(0, duration) if killed < kills else None)
             killed += code == -signal.SIGKILL
             survived = code == 0
+            if survived and is_fresh:  # faster than the run left alone, which made what is kept, or was disturbed
+                duration = min(duration, time.monotonic() - started)
+            is_fresh = False
             if code not in (0, -signal.SIGKILL):
                 print((folder / "log").read_text(), file=sys.stderr)
                 print(f"resuming after {killed} kills ended with exit code {code}", file=sys.stderr)
@@ -88,6 +89,20 @@ def start(training: Sequence[str], output: Path, log: Path | None = None) -> int
     code = run_command(train_dreambooth.main, [*training, f"--output_dir={output}", "--resume_from_checkpoint=latest"])
     sys.stdout.flush()
     os._exit(code)
+
+
+def end(child: int, patience: float | None) -> int:
+    """Wait for a child and kill it after `patience` seconds, None = never; returns its exit code."""
+    deadline = None if patience is None else time.monotonic() + patience
+    while True:
+        found, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            os.kill(child, signal.SIGKILL)
+            deadline = None
+        else:
+            time.sleep(0.001)
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
