@@ -1,6 +1,6 @@
 """From stored parameters to super-blocks, (m, D, b, b) -> (D / P, K, K) with P = 2^(m-1) and K = b P, fast.
 
-`super_blocks` is compose(cayley(skew(R))). On a GPU that is what runs: a few batched kernels. On a CPU, batched
+`super_blocks` is compose(factors(R)). On a GPU that is what runs: a few batched kernels. On a CPU, batched
 products and inverses of such small matrices spend their time on calling BLAS and LAPACK for each one. There, the
 matrices of a batch are laid side by side in the last axis instead, and every step of an algorithm is one vector
 operation over all of them; a chunk of the batch goes through all steps while it is in the cache.
@@ -13,12 +13,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from boft.rotation import cayley, compose, skew
+from boft.rotation import NEWTON_ABOVE, compose, factors
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
 SMALLEST_BATCH = 8  # fewer groups do not fill a vector register
 CHUNK_BYTES = 1 << 20  # of one copy of R: what fits a core's own cache
-NEWTON_ABOVE = 2.0  # entries of S from which an inverse that was found without pivots needs a Newton step
 
 
 def super_blocks(R: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def super_blocks(R: Tensor) -> Tensor:
     is_small = b <= LARGEST_BLOCK and D >> (m - 1) >= SMALLEST_BATCH
     if R.device.type == "cpu" and is_small and not torch.compiler.is_compiling():
         return _BatchLast.apply(R)
-    return compose(cayley(skew(R)))
+    return compose(factors(R))
 
 
 class _BatchLast(torch.autograd.Function):
@@ -123,7 +122,7 @@ def _inverse(A: Tensor) -> Tensor:
 def _cayley(R: Tensor) -> Tensor:
     """Q = 2 (I + S)⁻¹ - I of S = (R - Rᵀ) / 2, (..., b, b, G)."""
     A = (R - R.transpose(-3, -2)).mul_(0.5)
-    is_large = A.abs().max() > NEWTON_ABOVE
+    is_large = A.max() > NEWTON_ABOVE  # of S: it is skew-symmetric
     _diagonal(A).fill_(1)
     X = _inverse(A.clone() if is_large else A)
     if is_large:

@@ -48,6 +48,15 @@ def test_batch_last_is_the_definition(d, b, m, std):
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("b", [65, 160])
+@pytest.mark.parametrize("std", [0.1, 30.0], ids=["trained", "large"])
+def test_large_blocks_are_inverted_by_halves(b, std):
+    S = skew(parameters(2 * b, b, 1, std=std))
+    I = torch.eye(b, dtype=S.dtype)
+    torch.testing.assert_close(cayley(S), (I - S) @ torch.linalg.inv(I + S), rtol=0, atol=1e-10)
+    torch.testing.assert_close(cayley(S.float()), cayley(S).float(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_chunks_of_a_large_batch_join_without_a_seam(m):
     b, P = 4, 2 ** (m - 1)
