@@ -83,14 +83,14 @@ class ControlStream:
         is_map = is_label_map(condition) if self.is_label_map is None else self.is_label_map
         return image, bands, prompt, nearest(self.transform) if is_map else self.transform
 
-    def check(self, count: int = 1000) -> None:
-        """Read samples, `count` at most, so that what is wrong with them is found before training.
+    def check(self, count: int = 500) -> None:
+        """Read samples, `count` at most, so that faults are found before training; one if they are rendered.
 
         Raises:
             InputError: naming all that are wrong.
         """
         faults = []
-        for index in self.chosen(count):
+        for index in self.chosen(1 if self.size is None else count):
             try:
                 self.read(index)
             except InputError as error:

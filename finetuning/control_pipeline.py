@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from PIL import Image
 
 from .config import InputError
 from .control import hinted, is_light
-from .control_conditions import read_bands, stack
+from .control_conditions import is_label_map, nearest, read_bands, stack
+from .control_sources import open_condition
+from .dataset import Transform
 from .stable_diffusion import StableDiffusion
 
 
@@ -127,6 +130,24 @@ def condition_of(image: object, channels: int, name: str) -> torch.Tensor:
         return stack(read_bands(image, channels, name))
     except InputError as error:
         raise ValueError(str(error)) from None
+
+
+def read_control(
+    path: Path, pipeline: LightControlPipeline | StableDiffusionControlNetPipeline, size: int
+) -> torch.Tensor:
+    """A control image of a file, cut in the middle to a square: (1, channels, size, size) in [0, 1].
+
+    Raises:
+        InputError: not there, not readable, another number of channels.
+    """
+    if not path.is_file():
+        raise InputError(f"--control={path}: no such file")
+    control = pipeline.hint_encoder if isinstance(pipeline, LightControlPipeline) else pipeline.controlnet
+    image = open_condition(path)
+    transform = Transform(size, center_crop=True)
+    transform = nearest(transform) if is_label_map(image) else transform
+    bands = read_bands(image, control.config.conditioning_channels, str(path))
+    return stack([transform.crop(band) for band in bands])[None].to(pipeline.device, control.dtype)
 
 
 def control_pipeline(

@@ -22,7 +22,7 @@ from .control_evaluation import Consistency, Detector, consistency, overlay, ref
 from .control_inference import load_control_run
 from .control_settings import ControlNetConfig
 from .dataset import to_image
-from .gallery import RECORD, Gallery
+from .gallery import RECORD, Gallery, weights_of
 from .inference import load_base
 from .picture import grid, save_picture
 from .run import CONFIG, DTYPES
@@ -207,15 +207,6 @@ def score_control_run(run: Path, test: ControlTest, pictures: dict[str, list[Ima
     drawing = json.loads((folder / CONTROLLED / RECORD).read_text(encoding="utf-8"))
     write(folder / "scores.json", as_json({"drawing": drawing, "table": rows}))
     return rows
-
-
-def weights_of(run: Path) -> str:
-    """A short hash of what a run has trained."""
-    digest = hashlib.sha256()
-    for folder in (run, run / "unet", run / "hint_encoder"):
-        for path in sorted(folder.glob("*.safetensors")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _failures(result: Consistency) -> dict[str, int]:

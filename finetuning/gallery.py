@@ -5,6 +5,7 @@ Picture k of prompt p is 007-2.png (p = 7, k = 2); its noise depends on (seed, p
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .picture import save_picture
 from .randomness import generator
 
 RECORD = "record.json"
+PARTS = ("unet", "text_encoder", "hint_encoder", ".")  # where a run has weights; a ControlNet lies at its root
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,13 @@ def read_gallery(folder: Path, prompts: Sequence[str], flag: str) -> tuple[list[
             "give pictures of one size"
         )
     return images, each
+
+
+def weights_of(run: Path) -> str:
+    """A short hash of what a run has trained."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in PARTS for path in (run / part).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .config import InputError
+from .control_pipeline import read_control
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -36,6 +37,7 @@ class Wish:
         seed: decides the noise, whatever else is in the batch.
         steps, guidance_scale: of the denoising.
         size: side in pixels.
+        control: file of a control image, for a pipeline that draws by one; control_scale: its strength.
     """
 
     prompt: str
@@ -44,6 +46,8 @@ class Wish:
     steps: int = 25
     guidance_scale: float = 7.5
     size: int = 512
+    control: str | None = None
+    control_scale: float = 1.0
 
 
 def choose_scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> SchedulerMixin:
@@ -83,8 +87,11 @@ def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish], batch_size: 
     pictures: dict[int, Image.Image] = {}
     alike: dict[tuple, list[int]] = {}
     for i, wish in enumerate(wishes):
-        alike.setdefault((wish.steps, wish.guidance_scale, wish.size), []).append(i)
-    for (steps, guidance_scale, size), indices in alike.items():
+        alike.setdefault((wish.steps, wish.guidance_scale, wish.size, wish.control, wish.control_scale), []).append(i)
+    for (steps, guidance_scale, size, control, scale), indices in alike.items():
+        more = {}
+        if control is not None:
+            more = {"image": read_control(Path(control), pipeline, size), "controlnet_conditioning_scale": scale}
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             images = pipeline(
@@ -95,6 +102,7 @@ def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish], batch_size: 
                 guidance_scale=guidance_scale,
                 height=size,
                 width=size,
+                **more,
             ).images
             pictures.update(zip(chosen, images))
     return [pictures[i] for i in range(len(wishes))]

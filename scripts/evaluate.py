@@ -20,7 +20,6 @@ floor, and the real pictures, the ceiling. Where a detector fails, the picture i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from finetuning.control_evaluation import load_landmarks
 from finetuning.control_scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset import Transform, find_images, open_image
 from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino, score_pictures
-from finetuning.gallery import Gallery, read_gallery
+from finetuning.gallery import Gallery, read_gallery, weights_of
 from finetuning.inference import load_base, load_run, load_run_config
 from finetuning.lpips import LPIPS, load_lpips
 from finetuning.picture import grid, save_picture
@@ -55,7 +54,6 @@ from toyworld.subjects import SUBJECTS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "toyworld"
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-large-patch14"
-PARTS = ("unet", "text_encoder")
 SCORES = ("DINO", "Judge", "CLIP-I", "CLIP-T", "LPIPS")
 
 
@@ -161,16 +159,6 @@ def read_subject(config: dict, args: argparse.Namespace) -> Subject:
     else:
         templates = list(words.templates())
     return Subject(card.get("name", folder.name), words, templates, photos)
-
-
-def weights_of(run: Path) -> str:
-    """A short hash of what a run has trained."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in PARTS for path in (run / part).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def is_toy(config: dict) -> bool:

@@ -6,6 +6,7 @@
     python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug" \\
         --strength 0,0.25,0.5,0.75,1 --seed 0 1 2                      strips from the base to the subject
     python scripts/generate.py --adapter runs/mug:0.5 runs/robot:0.5 --mix --each --prompt prompts.txt
+    python scripts/generate.py --adapter data/output/controlnet --control edges.png --prompt "a photo of a red mug"
 
 Writes one PNG a picture, with its parameters in it as text, and all of them as grid.png.
 """
@@ -24,6 +25,7 @@ from PIL import Image
 
 from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen, parse_adapter, parse_strength
 from finetuning.config import Config, Group, read_config, run_command, setting
+from finetuning.control_inference import load_control_run
 from finetuning.dataset import read_prompts
 from finetuning.generation import (
     SCHEDULERS,
@@ -50,6 +52,8 @@ class PictureSettings(Group):
         "1", "One or more numbers with commas; each multiplies the adapters' own strengths and makes a column."
     )
     mix: bool = setting(False, "Combine the adapters into one, by their strengths, instead of one after the other.")
+    control: str | None = setting(None, "Control image for the run of train_controlnet.py that --adapter names.")
+    controlnet_conditioning_scale: float = setting(1.0, "Strength of the control.", minimum=0)
     base: bool = setting(False, "Also draw what the base model answers, beside the others.")
     each: bool = setting(False, "Also draw with each adapter alone, as it was trained, beside the others.")
     scheduler: str | None = setting(None, "How noise is removed. None = the model's own.", choices=tuple(SCHEDULERS))
@@ -82,6 +86,14 @@ class GenerateConfig(Config):
                     yield f"--{name}: needs --adapter; add one or drop this"
             if self.pictures.strength != "1":
                 yield f"--strength={self.pictures.strength}: needs --adapter; add one or drop this"
+        control, scale = self.pictures.control, self.pictures.controlnet_conditioning_scale
+        if control is None and scale != 1:
+            yield f"--controlnet_conditioning_scale={scale:g}: needs --control; add one or drop this"
+        if control is not None and len(self.adapters.adapter) != 1:
+            yield f"--control={control}: needs one --adapter, the --output_dir of a run of train_controlnet.py"
+        for name in ("mix", "base", "each") if control is not None else ():
+            if getattr(self.pictures, name):
+                yield f"--{name}: has no meaning with --control; drop one of the two"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The pipeline:
     device = choose_device(pictures.device)
-    pipeline, own = load_chosen(config.adapters, device, DTYPES[pictures.precision])
+    if pictures.control is None:
+        pipeline, own = load_chosen(config.adapters, device, DTYPES[pictures.precision])
+    else:
+        path, strength = parse_adapter(config.adapters.adapter[0])
+        pipeline = load_control_run(path, device, DTYPES[pictures.precision])
+        own = dict.fromkeys(get_strengths(pipeline), strength)
     if pictures.mix:
         mix_adapters(pipeline, own, "mixture")
     pipeline.scheduler = choose_scheduler(pipeline, pictures.scheduler)
@@ -110,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if pictures.guidance_scale is None
             else pictures.guidance_scale,
             size=pictures.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+            control=pictures.control,
+            control_scale=pictures.controlnet_conditioning_scale,
         )
         for prompt in prompts
         for seed in pictures.seed

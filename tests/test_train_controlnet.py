@@ -21,13 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import assert_same, metrics, optimizer_of
 
-from finetuning.config import InputError, read_config
+from finetuning.config import InputError, read_config, run_command
 from finetuning.control import make_full
 from finetuning.control_inference import load_control_run
 from finetuning.control_settings import ControlNetConfig
+from finetuning.generation import read_parameters
 from finetuning.run import Run
 from finetuning.stable_diffusion import load_stable_diffusion
-from scripts import evaluate
+from scripts import evaluate, generate
 
 SMALL = ("--checkpointing_steps=2", "--validation_steps=4", "--random_flip", "--proportion_empty_prompts=0.3")
 
@@ -58,6 +59,21 @@ def test_what_a_light_run_leaves(finished):
     assert_same(late, control_weights(output))
     for part in ("unet", "hint_encoder"):
         assert any(not torch.equal(early[name], late[name]) for name in early if name.startswith(part)), part
+
+
+def test_generate_by_a_control(finished, tmp_path, capsys):
+    draw_photo(3, (20, 16)).save(tmp_path / "control.png")
+    more = [f"--output_dir={tmp_path / 'out'}", "--prompt", "a mug", "a dog", "--num_inference_steps=1"]
+    arguments = ["--adapter", str(finished / "output"), f"--control={tmp_path / 'control.png'}", *more]
+    generate.main([*arguments, "--controlnet_conditioning_scale=0.5", "--strength=0,1"])
+    pictures = list((tmp_path / "out").glob("a-*.png"))
+    assert len(pictures) == 4
+    assert {read_parameters(p)["control_scale"] for p in pictures} == {0.5}
+    assert run_command(generate.main, [*arguments, "--base"]) == 2
+    assert run_command(generate.main, [*more, f"--control={tmp_path / 'control.png'}"]) == 2
+    assert run_command(generate.main, ["--adapter", str(finished / "output"), "--control=/nowhere.png", *more]) == 2
+    error = capsys.readouterr().err
+    assert "no meaning with --control" in error and "needs one --adapter" in error and "no such file" in error
 
 
 def test_the_result_draws_by_a_control(finished):

@@ -31,7 +31,7 @@ STEPS = {
     "clip": 1_300,
     "judge_attributes": 1_000,
     "judge_instances": 1_500,
-    "judge_segmentation": 500,
+    "judge_segmentation": segmentation.STEPS,
     "unet": 2_000,
 }
 

@@ -1,4 +1,7 @@
-"""The judge of masks: a small network that finds the object in a picture, trained on renders alone."""
+"""The judge of masks: a small network that finds the object in a picture, trained on renders alone.
+
+python -m toyworld.segmentation     # trains it alone, into data/toyworld/judge/segmentation; the same command resumes
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from .loop import fit
 from .render import render
 from .vae import pixels
 
+STEPS = 500
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "toyworld" / "judge" / "segmentation"
 
 
@@ -90,3 +94,13 @@ def mean_iou(judge: SegmentationJudge, name: str = "heldout", count: int = 500, 
     pictures = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)) for image in images]
     found = np.stack([judge.labels(picture) for picture in pictures]).astype(bool)
     return float(np.mean([(a & b).sum() / (a | b).sum() for a, b in ((found, masks), (~found, ~masks))]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work = Path("data/cache/pretrain")
+    work.mkdir(parents=True, exist_ok=True)
+    trained = train(work, STEPS)
+    trained.half().save_pretrained(FOLDER)
+    trained = SegmentationJudge.load(FOLDER)
+    print(f"mean IoU on held-out renders: {mean_iou(trained):.4f}; blurred by 1 px: {mean_iou(trained, blur=1.0):.4f}")
