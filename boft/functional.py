@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from boft.rotation import apply_blocks, rotate_weight
@@ -48,6 +48,47 @@ def prefers_weight_side(T: int, o: int, input_needs_grad: bool) -> bool:
     Grouped products in units of d · K: (3 T or 2 T) on the activation side, T + 2 o on the weight side.
     """
     return (3 if input_needs_grad else 2) * T > T + 2 * o
+
+
+def rotated_convolution(
+    x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None, convolution: nn.Conv2d
+) -> Tensor:
+    """A convolution whose filters are rotated, from patches: for few output positions, as against many outputs.
+
+    The patch under a filter is a row in the order of the flattened filter, so that the convolution is `rotated_linear`
+    on patches, on the activation side. The gradient of the filters, as large as they are, is never formed.
+
+    Args:
+        x: Input, (N, C, H, W).
+        blocks: Super-blocks of B, (d / K, K, K), d = C · kh · kw, in the dtype of x.
+        W: Filters, (o, d), in the dtype of x. Receives no gradient.
+        s: Scales, (o,); bias: (o,) or None.
+        convolution: Gives the geometry. One group.
+
+    Returns:
+        (N, o, H', W')
+    """
+    c = convolution
+    patches = F.unfold(padded(x, c), c.kernel_size, c.dilation, 0, c.stride).transpose(1, 2)  # (N, H' W', d)
+    y = rotated_linear(patches, blocks, W, s, bias, weight_side=False).transpose(1, 2).contiguous()  # (N, o, H' W')
+    return y.unflatten(-1, output_size(x, c))
+
+
+def padded(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """The input with the convolution's padding, of any mode, around it."""
+    mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
+    widths = convolution._reversed_padding_repeated_twice  # left, right, top, bottom
+    return F.pad(x, widths, mode=mode) if any(widths) else x
+
+
+def output_size(x: Tensor, convolution: nn.Conv2d) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    c, (left, right, top, bottom) = convolution, convolution._reversed_padding_repeated_twice
+    sizes = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
+    return tuple(
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, dilation, stride in zip(sizes, c.kernel_size, c.dilation, c.stride)
+    )
 
 
 def rotated_weight(blocks: Tensor, W: Tensor, s: Tensor) -> Tensor:

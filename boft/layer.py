@@ -17,7 +17,14 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from boft.functional import linear_reference, rotated_linear, rotated_weight, scale_output
+from boft.functional import (
+    linear_reference,
+    output_size,
+    rotated_convolution,
+    rotated_linear,
+    rotated_weight,
+    scale_output,
+)
 from boft.memory import RotatedWeight, Solved
 from boft.rotation import apply_blocks, rotate_weight
 from boft.shape import resolve
@@ -444,13 +451,27 @@ class Conv2d(nn.Module, BOFTLayer):
             return self.base_layer(x, *args, **kwargs).to(x.dtype)
 
         self.solved.check_grad_mode()
-        if self.trains(adapters) or torch.compiler.is_compiling():
-            self.rotated_weight.forget()
-            weight = self._differentiable_weight(adapters)
-        else:
-            weight = self.frozen_weight(adapters)
         base = self.get_base_layer()
-        return base._conv_forward(x, weight, base.bias).to(x.dtype)
+        if not (self.trains(adapters) or torch.compiler.is_compiling()):
+            return base._conv_forward(x, self.frozen_weight(adapters), base.bias).to(x.dtype)
+        self.rotated_weight.forget()
+        if self._prefers_patches(x, adapters):
+            return self._through_patches(x, adapters[0]).to(x.dtype)
+        return base._conv_forward(x, self._differentiable_weight(adapters), base.bias).to(x.dtype)
+
+    def _prefers_patches(self, x: Tensor, adapters: Sequence[str]) -> bool:
+        """Whether the output has so few positions that its patches are smaller than the filters."""
+        base = self.get_base_layer()
+        if len(adapters) > 1 or base.groups > 1 or x.ndim < 4 or base.weight.requires_grad:
+            return False
+        height, width = output_size(x, base)
+        return not torch.compiler.is_compiling() and x.shape[0] * height * width <= self.out_features
+
+    def _through_patches(self, x: Tensor, adapter: str) -> Tensor:
+        base, dtype = self.get_base_layer(), compute_dtype(x)
+        W, s = self._as_rows(base.weight).to(dtype), self.scales([adapter])
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return rotated_convolution(x.to(dtype), self.super_blocks(adapter).to(dtype), W, s, bias, base)
 
     def _differentiable_weight(self, adapters: list[str]) -> Tensor:
         base = self.get_base_layer()

@@ -111,19 +111,26 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_convolution_equals_the_one_with_the_dense_weight(kind, m):
+@pytest.mark.parametrize("patches", [False, True], ids=["by weight", "by patches"])
+def test_convolution_equals_the_one_with_the_dense_weight(kind, m, patches):
     torch.manual_seed(0)
-    base = nn.Conv2d(8, 16, **CONVOLUTIONS[kind]).double()
-    x = torch.randn(2, 8, 9, 10, dtype=torch.float64, requires_grad=True)
+    base = nn.Conv2d(8, 144 if patches else 16, **CONVOLUTIONS[kind]).double()
+    x = torch.randn(1 if patches else 2, 8, 9, 10, dtype=torch.float64, requires_grad=True)
     config = BOFTConfig(boft_block_size=4 if kind != "groups" else 2, boft_n_butterfly_factor=m, target_modules=["0"])
     if (base.weight[0].numel() // config.boft_block_size) % 2 ** (m - 1):
         pytest.skip(f"{base.weight[0].numel()} features do not hold m={m}")
     expected = base(x)
     model = get_peft_model(nn.Sequential(base), config)
-    assert torch.equal(model(x), expected)  # fresh
+    layer = model.base_model.model[0]
+    assert layer._prefers_patches(x, ["default"]) == (patches and base.groups == 1)
+    if patches:  # in another order of additions
+        torch.testing.assert_close(model(x), expected)
+    else:
+        assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)  # fresh
 
     randomize(model)
-    layer = model.base_model.model[0]
     R, s = layer.boft_R["default"], layer.boft_s["default"]
     y = model(x)
     expected = base._conv_forward(x, dense_weight(layer, base.weight), base.bias)
