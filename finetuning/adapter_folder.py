@@ -20,6 +20,14 @@ from .stable_diffusion import MIRRORS
 
 PARTS = ("unet", "text_encoder")
 ADAPTER_CONFIG = "adapter_config.json"
+SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
+    CONFIG,
+    f"*{ADAPTER_CONFIG}",
+    f"*{ADAPTER_WEIGHTS}",
+    "hint_encoder/*",
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
 
@@ -37,7 +45,7 @@ def load_run_config(run: Path) -> dict:
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder itself, or a hub repository's adapter files in the cache.
+    """The folder itself, or a hub repository's adapters and controls in the cache.
 
     Raises:
         InputError: a file, not there, or not to be had.
@@ -56,7 +64,7 @@ def local_folder(path: str | Path) -> Path:
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder, and not the form owner/name of a repository on the hub")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, f"*{ADAPTER_CONFIG}", f"*{ADAPTER_WEIGHTS}"]))
+        return Path(snapshot_download(str(path), allow_patterns=SHARED))
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(

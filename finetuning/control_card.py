@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .model_card import licence_of
+from .model_card import front_matter, licence_section
 
 _LIGHT = """from PIL import Image
 
@@ -42,14 +39,7 @@ def control_card(
             None; facts: further lines, name to value; picture: file name of a picture in the folder.
     """
     tags = ["stable-diffusion", "text-to-image", "controlnet", "diffusers", *([adapter] if adapter else [])]
-    licence = licence_of(base)
-    front = {
-        **({"license": licence} if licence else {}),
-        **({} if Path(base).is_dir() else {"base_model": base}),  # the hub refuses what is no name on it
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": tags,
-    }
+    front = front_matter(base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
     code = (_FULL if control == "full" and adapter is None else _LIGHT).format(base=base, folder=folder) + _DRAW
     lines = [
         f"# {control.capitalize()} control of `{base}`",
@@ -70,9 +60,5 @@ def control_card(
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts.items()),
         "",
-        "## Licence",
-        "",
-        f"`{licence}`, the base model's." if licence else f"The terms of the base model, `{base}`, go on to this one.",
-        "",
     ]
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)
+    return front + "\n".join(lines) + licence_section(base)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from huggingface_hub import snapshot_download
 
-from .adapter_folder import ADAPTER_CONFIG, load_run_config
+from .adapter_folder import ADAPTER_CONFIG, load_run_config, local_folder
 from .config import InputError
 from .control import PARTS, HintEncoder
 from .control_pipeline import LightControlPipeline, control_pipeline
@@ -26,7 +25,7 @@ def load_control_run(
     Raises:
         InputError: not such a run, or one that has not ended.
     """
-    run = _local(run)
+    run = local_folder(run)
     config = load_run_config(run)
     if "conditioning_channels" not in config:
         raise InputError(f"{run}: is a run of train_dreambooth.py; give one of train_controlnet.py")
@@ -46,13 +45,3 @@ def load_control_run(
     if (run / "unet" / ADAPTER_CONFIG).is_file():
         load_adapter(pipeline, run)
     return pipeline
-
-
-def _local(run: str | Path) -> Path:
-    if Path(run).exists() or str(run).count("/") != 1:
-        return Path(run)
-    try:
-        return Path(snapshot_download(str(run)))
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{run}: no such folder, and not loaded from the hub; {text}") from error

@@ -146,8 +146,9 @@ def load_adapter(
         kind = kind_of(source)
         if (holder := state.holders.get(part)) and holder.peft_type != kind:
             raise InputError(
-                f"{folder}: is {KINDS[kind]}, and the pipeline's {part} carries {KINDS[holder.peft_type]}; the two do "
-                "not go on one model. Merge one into the base (scripts/merge.py) and load the other on the result"
+                f"{folder}: is {KINDS[kind]}, and the pipeline's {part} carries {KINDS[holder.peft_type]}; the two "
+                "have no strengths side by side. Put one into the weights first (merge_adapter; or scripts/merge.py, "
+                "and its result as the base with --any_base), then load the other"
             )
     strengths = dict(state.strengths)
     _release(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from .report import score_tables
 from .score_table import markdown
 
 CARD = "README.md"
@@ -60,15 +60,13 @@ def model_card(
         stock_peft: whether a released peft computes this adapter; otherwise `import boft` goes before loading.
     """
     tags = ["stable-diffusion", "text-to-image", "diffusers", *([] if kind == "full" else ["peft", kind])]
-    licence = licence_of(base)
-    front = {
-        **({"license": licence} if licence else {}),
-        **({} if _is_local(base) else {"base_model": base}),  # the hub refuses what is no name on it
-        "library_name": "diffusers" if kind == "full" else "peft",
-        "pipeline_tag": "text-to-image",
-        "instance_prompt": prompt,
-        "tags": tags,
-    }
+    front = front_matter(
+        base,
+        library_name="diffusers" if kind == "full" else "peft",
+        pipeline_tag="text-to-image",
+        instance_prompt=prompt,
+        tags=tags,
+    )
     code = _LOADING["full" if kind == "full" else "adapter"].format(
         base=base, folder=folder, text_encoder=_TEXT_ENCODER if with_text_encoder else ""
     )
@@ -82,11 +80,25 @@ def model_card(
         lines += ["## Prompts of the picture", "", *(f"* {text}" for text in prompts), ""]
     lines += ["## Parameters", "", "| setting | value |", "|---|---|"]
     lines += [*(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    terms = (
-        f"`{licence}`, the base model's" if licence else f"the terms of the base model, `{base}`, go on to this one"
-    )
-    lines += ["## Licence", "", f"{terms[0].upper() + terms[1:]}.", ""]
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(lines)
+    return front + "\n".join(lines) + licence_section(base)
+
+
+def front_matter(base: str, **values: Any) -> str:
+    """What the hub reads of a card, with the base model and its licence where the hub can know them."""
+    licence = licence_of(base)
+    front = {
+        **({"license": licence} if licence else {}),
+        **({} if _is_local(base) else {"base_model": base}),  # the hub refuses what is no name on it
+        **values,
+    }
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def licence_section(base: str) -> str:
+    """The last section of a card."""
+    licence = licence_of(base)
+    terms = f"`{licence}`, the base model's." if licence else f"The terms of the base model, `{base}`, go on to this."
+    return f"\n## Licence\n\n{terms}\n"
 
 
 def shared_card(card: str, run: Path, name: str) -> str:
@@ -104,12 +116,11 @@ def shared_card(card: str, run: Path, name: str) -> str:
 
 def scores_section(run: Path) -> str:
     """What `scripts/evaluate.py` has found of a run; empty if it has not been asked."""
-    path = run / "scores.json"
-    if not path.is_file():
-        return ""
-    scores = json.loads(path.read_text(encoding="utf-8"))
-    rows = [{"": name, **values} for name, values in scores.items() if isinstance(values, dict)]
-    return f"## Scores\n\n{markdown(rows)}\nBy `scripts/evaluate.py`.\n\n"
+    parts = []
+    for table in score_tables(run):
+        names = [name for name, _ in table["columns"]]
+        parts.append(f"{table['title']}:\n\n{markdown([dict(zip(names, row)) for row in table['rows']])}")
+    return "\n".join(["## Scores\n\nBy `scripts/evaluate.py`.\n", *parts, ""]) if parts else ""
 
 
 def licence_of(base: str) -> str | None:

@@ -56,10 +56,17 @@ def grid(
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG beside its place and move it there, so that nobody sees half of one."""
+    """Write a picture beside its place and move it there, so that nobody sees half of one.
+
+    Args:
+        path: ends in .webp for a small file with slight losses; anything else is a PNG.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name("." + path.name)
-    picture.save(unfinished, format="PNG", optimize=True)
+    if path.suffix == ".webp":
+        picture.save(unfinished, format="WEBP", quality=90, method=6)
+    else:
+        picture.save(unfinished, format="PNG", optimize=True)
     unfinished.replace(path)
 
 

@@ -181,7 +181,10 @@ def score_tables(run: Path) -> list[dict[str, Any]]:
             {"model": label, **judged[key]} for key, label in (("base", "base"), ("tuned", "tuned")) if key in judged
         ]
         tables.append(_table("Judged by the toy world", rows))
-    if scored := _read_json(run / "evaluation" / "scores.json"):
+    scored = _read_json(run / "evaluation" / "scores.json") or {}
+    if "table" in scored:
+        tables.append(_table("How the control is followed", scored["table"]))
+    elif scored:
         rows = scored.get("prompts", [])
         names = [name for name in columns_of(rows) if name not in ("prompt", "pictures", "excluded")]
         whole = [row for row in scored.get("by_picture", []) if row.get(names[0]) is not None] if names else []

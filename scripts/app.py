@@ -4,6 +4,7 @@
     pip install gradio -c constraints.txt
     python scripts/app.py                                     # the adapters found in data/output
     python scripts/app.py --adapter runs/mug runs/robot --port 7861
+    python scripts/app.py --control data/output/controlnet    # and a control image, if one is given on the page
 
 The page is served to this machine alone, loads nothing from elsewhere and reports nothing to anybody.
 """
@@ -27,8 +28,10 @@ from PIL import Image
 from finetuning.adapter_choice import AdapterChoice, find_base, find_run_setting, parse_adapter
 from finetuning.adapter_folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
 from finetuning.config import Config, Group, InputError, read_config, run_command, setting
+from finetuning.control import PARTS as CONTROL_PARTS
+from finetuning.control_inference import load_control_run
 from finetuning.generation import Wish, choose_device, draw
-from finetuning.inference import load_adapter, load_base, strengths, unload_adapter
+from finetuning.inference import get_strengths, load_adapter, load_base, strengths, unload_adapter
 from finetuning.run import CONFIG
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class PageSettings(Group):
     """Page"""
 
     runs: str = setting("data/output", "Folder below which adapters are looked for, without --adapter.")
+    control: str | None = setting(None, "A run of train_controlnet.py, whose control the page then takes.")
     port: int = setting(7860, "Port of the page on this machine.", minimum=1, maximum=65535)
     device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
 
@@ -60,38 +64,64 @@ class Easel:
     """A base model on which adapters are put as they are asked for.
 
     Args:
+        pipeline: of `load_base`, or of `load_control_run` with what its run has trained.
         adapters: {path: strength at the beginning}; any_base: also load those that were trained on another base.
+        control_run: where the pipeline's control comes from, if it has one.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, adapters: dict[str, float], any_base: bool = False):
-        self.pipeline, self.adapters, self.any_base = pipeline, adapters, any_base
-        self.loaded: dict[str, str] = {}  # the adapters on the pipeline: {path: name there}
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        adapters: dict[str, float],
+        any_base: bool = False,
+        control_run: Path | None = None,
+    ):
+        self.pipeline, self.adapters, self.any_base, self.control_run = pipeline, adapters, any_base, control_run
+        self.loaded: dict[str, str] = {}  # the adapters on the pipeline beside the control's: {path: name there}
+        self.plain = pipeline if control_run is None else without_control(pipeline)
+        self.of_control = list(get_strengths(pipeline))
         self.size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self._lock = Lock()
 
     def draw(self, wish: Wish, wanted: dict[str, float]) -> tuple[Image.Image, Image.Image]:
         """The base model's picture and the one with adapters at the wanted strengths, {path: strength}, on one noise.
 
+        Both follow the wish's control, if it has one.
+
         Raises:
-            InputError: an adapter cannot be had, or two cannot be together.
+            InputError: an adapter or the control cannot be had, or two adapters cannot be together.
         """
         wanted = {path: strength for path, strength in wanted.items() if strength}
+        pipeline = self.plain if wish.control is None else self.pipeline
         with self._lock:
             if not wanted.keys() <= self.loaded.keys():
                 self.load(wanted)
+            following = dict.fromkeys(self.of_control, float(wish.control is not None))
             at_work = {name: wanted.get(path, 0.0) for path, name in self.loaded.items()}
-            with strengths(self.pipeline, at_work):
-                (tuned,) = draw(self.pipeline, [wish])
-            with strengths(self.pipeline, 0):
-                (base,) = draw(self.pipeline, [wish])
+            with strengths(self.pipeline, {**at_work, **following}):
+                (tuned,) = draw(pipeline, [wish])
+            with strengths(self.pipeline, {**dict.fromkeys(at_work, 0.0), **following}):
+                (base,) = draw(pipeline, [wish])
         return base, tuned
 
     def load(self, wanted: dict[str, float]) -> None:
-        if self.loaded:
-            unload_adapter(self.pipeline)
+        """Put these adapters in the place of those that are on the pipeline, at rest."""
+        unload_adapter(self.pipeline)
         self.loaded = {}
+        if self.of_control:
+            self.of_control = [load_adapter(self.pipeline, self.control_run, 0.0)]
         for path in wanted:
             self.loaded[path] = load_adapter(self.pipeline, path, 0.0, check_base=not self.any_base)
+
+
+def without_control(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A plain pipeline over the same modules."""
+    from diffusers import StableDiffusionPipeline
+
+    parts = {name: part for name, part in pipeline.components.items() if name not in CONTROL_PARTS.values()}
+    plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    plain.set_progress_bar_config(disable=True)
+    return plain
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,14 +130,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise InputError("scripts/app.py: gradio is not installed; pip install gradio")
     check_port(page.port)
-    if not choice.adapter:
+    if not choice.adapter and page.control is None:
         newest, *others = find_adapters(Path(page.runs))
         choice = replace(choice, adapter=[newest, *(f"{path}:0" for path in others)])
-    first, _ = parse_adapter(choice.adapter[0])
-    name = choice.pretrained_model_name_or_path
-    name, options = (name, {}) if name else find_base(first)
-    pipeline = load_base(name, **options, device=choose_device(page.device))
-    easel = Easel(pipeline, of_this_base(choice, name), choice.any_base)
+    control_run = None if page.control is None else local_folder(page.control)
+    if control_run is None:
+        name = choice.pretrained_model_name_or_path
+        name, options = (name, {}) if name else find_base(parse_adapter(choice.adapter[0])[0])
+        pipeline = load_base(name, **options, device=choose_device(page.device))
+    else:
+        pipeline = load_control_run(control_run, choose_device(page.device))
+    easel = Easel(pipeline, of_this_base(choice, pipeline.name_or_path), choice.any_base, control_run)
     look = {
         "steps": find_run_setting(choice, "num_inference_steps", 25),
         "guidance_scale": find_run_setting(choice, "guidance_scale", 7.5),
@@ -163,13 +196,20 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio
 
-    def answer(prompt, seed, steps, guidance_scale, *given):
+    def answer(prompt, seed, steps, guidance_scale, control, *given):
         try:
             if not prompt.strip():
                 raise InputError("the prompt is empty")
             if seed is None or not 0 <= seed <= LARGEST_SEED or seed != int(seed):
                 raise InputError(f"seed {seed}: must be a whole number from 0 to {LARGEST_SEED}")
-            wish = Wish(prompt, int(seed), steps=int(steps), guidance_scale=guidance_scale, size=easel.size)
+            wish = Wish(
+                prompt,
+                int(seed),
+                steps=int(steps),
+                guidance_scale=guidance_scale,
+                size=easel.size,
+                control=control,
+            )
             return tuple(map(enlarged, easel.draw(wish, dict(zip(easel.adapters, given)))))
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from error
@@ -185,6 +225,15 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
                 steps = gradio.Slider(1, 100, look["steps"], step=1, label="Denoising steps")
                 guidance = gradio.Slider(0, 15, look["guidance_scale"], step=0.5, label="Guidance")
+            control = gradio.Image(
+                label="Control image, e.g. edges",
+                type="filepath",
+                format="png",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                visible=easel.control_run is not None,
+                elem_id="control",
+            )
             button = gradio.Button("Draw", variant="primary", elem_id="draw")
         with gradio.Column(scale=3), gradio.Row():
             plain = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
@@ -192,7 +241,7 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
                 gradio.Image(label="base model", elem_id="base", **plain),
                 gradio.Image(label="tuned", elem_id="tuned", **plain),
             ]
-        inputs = [prompt_box, seed, steps, guidance, *sliders]
+        inputs = [prompt_box, seed, steps, guidance, control, *sliders]
         for event in (button.click, prompt_box.submit):
             event(answer, inputs, pictures, concurrency_limit=1, concurrency_id="easel", api_name=False)
     system = ["system-ui", "sans-serif"]  # gradio's own fonts come from the network

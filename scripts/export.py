@@ -7,7 +7,8 @@
     python scripts/export.py --format peft --adapter data/output/dreambooth:0.8 --output mug-for-peft
 
 single-file: one checkpoint in the original layout of Stable Diffusion 1.x or 2.x (`from_single_file`, web interfaces);
-lora: the closest LoRA, with kohya's names (`load_lora_weights`, web interfaces); peft: a folder for stock peft.
+lora: the closest LoRA, with kohya's names (`load_lora_weights`, web interfaces), which takes far higher ranks than
+LoRA is trained with, for a rotation is not of low rank; peft: a folder for stock peft.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def print_table(report: Sequence[Truncation]) -> None:
     print(f"{'layer':{width}}  rank  of  energy kept")
     for row in report:
         print(f"{row.layer:{width}}  {row.rank:4d}  {row.full_rank:3d}  {row.energy:.3f}")
+    ranks = sorted(row.rank for row in report)
+    print(f"{len(report)} layers, ranks {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}")
 
 
 if __name__ == "__main__":

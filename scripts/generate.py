@@ -62,12 +62,15 @@ class PictureSettings(Group):
     resolution: int | None = setting(None, "Side in pixels. None = the model's own.", minimum=8)
     batch_size: int = setting(8, "Pictures at a time.", minimum=1)
     output_dir: str = setting("data/output/generated", "Folder of the PNGs and of grid.png.")
+    grid: str | None = setting(None, "Where the grid goes instead; a .webp is smaller than a .png.")
     device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
     precision: str = setting("fp32", "Of the arithmetic.", choices=("fp32", "bf16", "fp16"))
 
     def faults(self) -> Iterator[str]:
         if not self.prompt:
             yield "--prompt: needed, e.g. --prompt 'a photo of qwe mug in the snow'"
+        if self.grid is not None and Path(self.grid).suffix not in (".png", ".webp"):
+            yield f"--grid={self.grid}: must end in .png or .webp"
         if self.precision == "fp16" and self.device == "cpu":
             yield "--precision=fp16: needs a GPU; use bf16 or fp32"
 
@@ -102,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(pictures.prompt, "--prompt")
     factors = [parse_strength(text, f"--strength={pictures.strength}") for text in pictures.strength.split(",")]
     check_writable(output, "--output_dir")
+    if pictures.grid:
+        check_writable(Path(pictures.grid).parent, "--grid")
 
     # The pipeline:
     device = choose_device(pictures.device)
@@ -160,8 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 adapters={paths[name]: strength for name, strength in parts.items() if strength},
                 mixed=mixed is not None,
             )
-    save_picture(arrange(wishes, drawn), output / "grid.png")
-    print(f"{sum(map(len, drawn.values()))} pictures in {output}, all of them in {output / 'grid.png'}")
+    together = Path(pictures.grid) if pictures.grid else output / "grid.png"
+    save_picture(arrange(wishes, drawn), together)
+    print(f"{sum(map(len, drawn.values()))} pictures in {output}, all of them in {together}")
 
 
 def arrange(wishes: Sequence[Wish], drawn: dict[str, list[Image.Image]]) -> Image.Image:

@@ -1,18 +1,31 @@
-"""The page to try adapters: in a browser, a prompt is typed, a button pressed, two pictures come."""
+"""The page to try adapters: in a browser, a prompt is typed, a button pressed, two pictures come.
+
+RUNS=data/output SCREENSHOT=docs/app.webp python -m pytest tests/test_app.py -k two_pictures    # the README's picture
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 import threading
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from conftest import draw_photo
+from PIL import Image
 from test_inference import MAKERS, write_run
 
 from finetuning.config import run_command
+from finetuning.control import HintEncoder
+from finetuning.control_inference import load_control_run
+from finetuning.generation import Wish, draw
+from finetuning.inference import load_adapter, load_base
+from finetuning.picture import save_picture
 from scripts import app
 
 SELECT_ALL, DELETE = "\ue009a\ue009", "\ue017"
@@ -27,6 +40,8 @@ PIXELS = """return ['base', 'tuned'].map(id => {
 
 @pytest.fixture(scope="module")
 def runs(toy_base, tmp_path_factory) -> Path:
+    if "RUNS" in os.environ:
+        return Path(os.environ["RUNS"])
     folder = tmp_path_factory.mktemp("app") / "output"
     for i, name in enumerate(("mug", "robot")):
         run = write_run(folder / name, toy_base, MAKERS["boft"], seed=i)
@@ -50,7 +65,7 @@ def page(runs):
     gradio.close_all(verbose=False)
 
 
-def test_a_prompt_becomes_two_pictures(page, browser, tmp_path):
+def test_a_prompt_becomes_two_pictures(page, runs, browser, tmp_path):
     for _ in range(600):
         try:
             text = urllib.request.urlopen(page, timeout=5).read().decode()
@@ -58,10 +73,12 @@ def test_a_prompt_becomes_two_pictures(page, browser, tmp_path):
         except OSError:
             threading.Event().wait(0.1)
     assert '"analytics_enabled":false' in text.replace(" ", "")
+    browser.ask("POST", "/window/rect", width=1280, height=720)
     browser.ask("POST", "/url", url=page)
     browser.wait("return document.querySelector('#draw')")
     labels = browser.run("return [...document.querySelectorAll('input[type=range]')].map(e => e.ariaLabel)")
-    assert sum("strength" in label for label in labels) == 2 and not any("checkpoint" in label for label in labels)
+    offered = [label for label in labels if "strength" in label]
+    assert len(offered) == len(app.find_adapters(runs)) > 1 and not any("checkpoint" in label for label in offered)
 
     browser.press("#prompt textarea", SELECT_ALL + DELETE)
     browser.click("#draw")
@@ -75,13 +92,12 @@ def test_a_prompt_becomes_two_pictures(page, browser, tmp_path):
     assert not [name for name in browser.run(foreign) if not name.startswith(("data:", "blob:"))]
     assert not (complaints := browser.complaints()), complaints
     browser.screenshot(tmp_path / "app.png")
-    assert (tmp_path / "app.png").stat().st_size > 10_000
+    with Image.open(tmp_path / "app.png") as shot:
+        assert len(set(shot.convert("L").getdata())) > 50
+        save_picture(shot, Path(os.environ.get("SCREENSHOT", tmp_path / "app.webp")))
 
 
 def test_strengths_are_honoured(runs, toy_base):
-    from finetuning.generation import Wish, draw
-    from finetuning.inference import load_adapter, load_base
-
     mug, robot = str(runs / "mug"), str(runs / "robot")
     easel = app.Easel(load_base(str(toy_base)), {mug: 1.0, robot: 0.0})
     wish = Wish("a red mug", seed=1, steps=2, size=easel.size)
@@ -94,6 +110,26 @@ def test_strengths_are_honoured(runs, toy_base):
     assert draw(pipeline, [wish]) == [base]
     load_adapter(pipeline, mug)
     assert draw(pipeline, [wish]) == [one]
+
+
+def test_a_control_is_followed_by_both_pictures_or_by_none(runs, toy_base, tmp_path):
+    control_run = write_run(tmp_path / "control", toy_base, MAKERS["boft"], seed=7)
+    settings = {"pretrained_model_name_or_path": str(toy_base), "conditioning_channels": 1}
+    (control_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    torch.manual_seed(1)
+    encoder = HintEncoder(1, 16, 2)
+    torch.nn.init.normal_(encoder.layers[-1].weight, std=0.5)
+    encoder.save_pretrained(control_run / "hint_encoder")
+    mug, wish = str(runs / "mug"), Wish("a red mug", seed=1, steps=2, size=16)
+    base, tuned = app.Easel(load_base(str(toy_base)), {mug: 1.0}).draw(wish, {mug: 1.0})
+    easel = app.Easel(load_control_run(control_run), {mug: 1.0}, control_run=control_run)
+    assert easel.draw(wish, {mug: 1.0}) == (base, tuned)  # without a control image there is no control
+    controls = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(controls):
+        draw_photo(3 * i, (16, 16)).convert("L").save(path)
+    followed, other = (easel.draw(replace(wish, control=str(path)), {mug: 1.0}) for path in controls)
+    assert len({picture.tobytes() for picture in (base, tuned, *followed, *other)}) == 6
+    assert easel.draw(wish, {}) == (base, base)
 
 
 def test_names_on_the_page_tell_runs_apart():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from test_inference import MAKERS, answer, write_run
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from finetuning.adapter import add_boft, add_lora
+from finetuning.adapter import ADAPTER_WEIGHTS, add_boft, add_lora
 from finetuning.config import InputError, run_command
 from finetuning.export import (
     inverse_cayley,
@@ -31,7 +32,7 @@ from finetuning.export import (
 from finetuning.generation import Wish, draw, read_parameters
 from finetuning.inference import load_adapter, load_base, load_run, merge_adapter, set_strength
 from finetuning.original_layout import original_layout
-from scripts import export, generate, merge
+from scripts import export, generate, merge, time_generation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -270,7 +271,10 @@ def test_generate_mixes_and_takes_files_and_schedulers(run, toy_base, tmp_path):
         assert script(
             generate, "--adapter", f"{run}:0.5", f"{other}:0.5", "--mix", "--each", "--prompt", prompts,
             "--scheduler", scheduler, "--num_inference_steps", 2, "--output_dir", out / scheduler,
+            "--grid", out / "grid.webp",
         ) == 0  # fmt: skip
+    with Image.open(out / "grid.webp") as picture:
+        assert picture.format == "WEBP" and not list(out.glob("*/grid.png"))
     record = read_parameters(out / "euler" / "a-red-cat-seed0-mug-alone.png")
     assert not record["mixed"] and record["adapters"] == {str(run): 1.0}
     record = read_parameters(out / "euler" / "a-red-cat-seed0-mixture.png")
@@ -293,6 +297,13 @@ def test_export_writes_each_format_and_says_what_it_loses(run, tmp_path, capsys)
     assert json.loads((tmp_path / "c" / "unet" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1
 
 
+def test_the_cost_of_an_adapter_is_printed(run, capsys):
+    assert script(time_generation, "--adapter", run, "--rounds", 3, "--num_inference_steps", 1, "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["base model", "adapters on it", "adapters merged"]
+    assert "| 1.000 |" in lines[2] and "processor time of one picture, 1 steps, 16 pixels" in lines[5]
+
+
 WRONG = {
     "no prompt": (generate, [], "--prompt: needed"),
     "no such run": (generate, ["--adapter", "absent", "--prompt", "x"], "absent: no such folder"),
@@ -302,7 +313,51 @@ WRONG = {
     "another base": (
         generate,
         ["--adapter", "RUN", "--prompt", "x", "--pretrained_model_name_or_path", "OTHER"],
-        "was trained on",
+        "was trained on BASE, the pipeline is OTHER",
+    ),
+    "no adapter": (generate, ["--adapter", "EMPTY", "--prompt", "x"], "holds no adapter (adapter_config.json in it"),
+    "a whole pipeline for an adapter": (
+        export,
+        [
+            "--format",
+            "lora",
+            "--output",
+            "OUT/x.safetensors",
+            "--adapter",
+            "BASE",
+            "--pretrained_model_name_or_path",
+            "BASE",
+        ],
+        "is a whole pipeline, not an adapter",
+    ),
+    "a pickle file": (
+        merge,
+        ["--adapter", "EMPTY/mug.ckpt", "--output_dir", "OUT"],
+        "a pickle file, which can run any",
+    ),
+    "a folder with a pickle": (
+        generate,
+        ["--adapter", "PICKLED", "--prompt", "x"],
+        "has adapter_model.bin, a pickle file, which can run any code",
+    ),
+    "an unsupported model": (
+        export,
+        [
+            "--format",
+            "single-file",
+            "--output",
+            "OUT/x.safetensors",
+            "--adapter",
+            "RUN",
+            "--pretrained_model_name_or_path",
+            "LARGE",
+        ],
+        "1.x and 2.x",
+    ),
+    "both kinds": (
+        generate,
+        ["--adapter", "RUN", "LORA", "--prompt", "x"],
+        "is LoRA, and the pipeline's unet carries",
     ),
     "scheduler": (generate, ["--prompt", "x", "--scheduler", "eular"], "did you mean euler?"),
     "size": (generate, ["--adapter", "RUN", "--prompt", "x", "--resolution", "25"], "must be a multiple of 4"),
@@ -312,6 +367,7 @@ WRONG = {
         "--device=tpu: not on this machine",
     ),
     "nothing to mix": (generate, ["--prompt", "x", "--mix"], "--mix: needs --adapter"),
+    "grid": (generate, ["--prompt", "x", "--grid", "x.gif"], "--grid=x.gif: must end in .png or .webp"),
     "flag": (generate, ["--prompts=x"], "did you mean prompt?"),
     "merge nothing": (merge, ["--output_dir", "OUT"], "--adapter: needed"),
     "merge into a full folder": (merge, ["--adapter", "RUN", "--output_dir", "RUN"], "is not empty"),
@@ -331,13 +387,32 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def wrong_places(run, toy_base, tmp_path_factory) -> dict[str, Path]:
+    """What is no adapter of this base, or no base."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "EMPTY").mkdir()
+    (folder / "EMPTY" / "mug.ckpt").write_bytes(b"")
+    shutil.copytree(run, folder / "PICKLED")
+    (folder / "PICKLED" / "unet" / ADAPTER_WEIGHTS).rename(folder / "PICKLED" / "unet" / "adapter_model.bin")
+    shutil.copytree(toy_base, folder / "LARGE")  # as SDXL has it
+    index = json.loads((toy_base / "model_index.json").read_text())
+    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    (folder / "LARGE" / "model_index.json").write_text(json.dumps(index))
+    write_run(folder / "LORA", toy_base, MAKERS["lora"])
+    return {name: folder / name for name in ("EMPTY", "PICKLED", "LARGE", "LORA")}
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_and_exit_code_2(case, run, sd15_base, tmp_path, capsys, monkeypatch):
+def test_wrong_input_is_one_line_and_exit_code_2(
+    case, run, wrong_places, toy_base, sd15_base, tmp_path, capsys, monkeypatch
+):
     module, flags, message = WRONG[case]
     monkeypatch.chdir(tmp_path)
-    places = {"RUN": str(run), "OTHER": str(sd15_base), "OUT": str(tmp_path / "out")}
+    places = {"RUN": run, "BASE": toy_base, "OTHER": sd15_base, "OUT": tmp_path / "out", **wrong_places}
     for name, place in places.items():
-        flags = [flag.replace(name, place) for flag in flags]
+        flags = [flag.replace(name, str(place)) for flag in flags]
+        message = message.replace(name, str(place))
     assert script(module, *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1

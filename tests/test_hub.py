@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
 import pytest
 import yaml
 from conftest import draw_photo
+from control_training import control_flags, control_folder, run_control
 from huggingface_hub import constants
 from test_inference import MAKERS, write_run
 from training import flags
 from training import run as train
 
 from finetuning.config import run_command
+from finetuning.control_card import control_card
 from finetuning.hub import open_repository, permission_fault, shared_files
 from finetuning.model_card import licence_of, model_card, shared_card
 from scripts import push
@@ -216,6 +218,15 @@ def test_without_a_network_training_does_not_begin(
     error = capfd.readouterr().err
     assert code == 2 and message in error and "Traceback" not in error and TOKEN not in error
     assert not (tmp_path / "out").exists() and time.perf_counter() - started < 15
+
+
+def test_controls_are_shared_by_the_same_function(hub, toy_base, tmp_path, monkeypatch, capsys):
+    card = control_card(base=str(toy_base), folder="runs/edges", control="light", adapter="boft", facts={}, picture="")
+    assert 'run = "me/edges"\npipeline = load_control_run(run)' in shared_card(card, tmp_path, "me/edges")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    data, output = control_folder(tmp_path / "data", 3), tmp_path / "out"
+    assert run_control(*control_flags(toy_base, data, output, "--push_to_hub", f"--hub_token={TOKEN}")) == 2
+    assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err and not output.exists()
 
 
 def test_flags_of_the_hub_without_it(toy_base, photos, tmp_path, capsys):

@@ -167,6 +167,22 @@ def test_a_mixture_of_one_is_its_strength(kind, runs, toy_base, pipeline, tmp_pa
     assert torch.equal(answer(pipeline), answer(base))
 
 
+def test_boft_and_lora_go_together_once_one_is_merged(runs, toy_base, pipeline):
+    before, changes = weights(pipeline), {}
+    for kind in ("boft everywhere", "lora"):
+        load_adapter(pipeline, runs[kind])
+        changes[kind] = {name: tensor - before[name] for name, tensor in weights(pipeline).items()}
+        unload_adapter(pipeline)
+    load_adapter(pipeline, runs["boft everywhere"])
+    with pytest.raises(InputError, match="merge_adapter"):
+        load_adapter(pipeline, runs["lora"])
+    merge_adapter(pipeline)
+    load_adapter(pipeline, runs["lora"])
+    for name, tensor in weights(pipeline).items():  # both changes, whichever came first
+        both = before[name] + changes["boft everywhere"][name] + changes["lora"][name]
+        torch.testing.assert_close(tensor, both, rtol=1e-4, atol=1e-5)
+
+
 def test_a_part_and_a_checkpoint_can_be_loaded_too(runs, pipeline, tmp_path):
     load_adapter(pipeline, runs["boft"] / "unet")
     assert set(pipeline._adapters.holders) == {"unet"}

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+
+"""Measure what adapters cost per prompt: the base, the same with adapters on it, and with them merged, in turns.
+
+    python scripts/time_generation.py --adapter data/output/dreambooth --rounds 15
+
+Each round draws one picture by each of the three, beginning with another one each time. Printed are medians over the
+rounds and the median of the rounds' own quotients, with its quartiles; by processor time on a CPU, which other
+programs disturb less, by the clock on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen
+from finetuning.config import Config, Group, read_config, run_command, setting
+from finetuning.generation import Wish, choose_device, draw
+from finetuning.inference import merge_adapter, unload_adapter
+from finetuning.score_table import markdown
+
+
+@dataclass
+class TimingSettings(Group):
+    """Timing"""
+
+    prompt: str = setting("a photo of qwe mug in the snow", "What is drawn.")
+    rounds: int = setting(15, "How often each is timed; one more round before warms up.", minimum=3)
+    num_inference_steps: int = setting(25, "Denoising steps.", minimum=1)
+    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
+
+
+@dataclass
+class TimingConfig(Config):
+    """Everything that time_generation.py can be told."""
+
+    timing: TimingSettings
+    adapters: AdapterChoice
+
+    def faults(self) -> Iterator[str]:
+        if not self.adapters.adapter:
+            yield "--adapter: needed, the folder of a run"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = read_config(TimingConfig, argv, __doc__)
+    timing, device = config.timing, choose_device(config.timing.device)
+    pipelines = {
+        name: load_chosen(config.adapters, device)[0] for name in ("base model", "adapters on it", "adapters merged")
+    }
+    unload_adapter(pipelines["base model"])
+    merge_adapter(pipelines["adapters merged"])
+    size = pipelines["base model"].unet.config.sample_size * pipelines["base model"].vae_scale_factor
+    guidance = find_run_setting(config.adapters, "guidance_scale", 7.5)
+    wish = Wish(timing.prompt, seed=0, steps=timing.num_inference_steps, guidance_scale=guidance, size=size)
+
+    seconds = {name: [] for name in pipelines}
+    names = list(pipelines)
+    for number in range(timing.rounds + 1):
+        for name in names[number % 3 :] + names[: number % 3]:
+            taken = seconds_of(lambda name=name: draw(pipelines[name], [wish]), device)
+            if number:
+                seconds[name].append(taken)
+    print(markdown([row(name, taken, seconds["base model"]) for name, taken in seconds.items()]), end="")
+    clock = "processor time" if device.type == "cpu" else "time"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"{clock} of one picture, {timing.num_inference_steps} steps, {size} pixels, {device}{threads}")
+
+
+def seconds_of(work, device: torch.device) -> float:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    started = clock()
+    work()  # which ends with pixels on the CPU, so that a GPU has finished
+    return clock() - started
+
+
+def row(name: str, seconds: Sequence[float], base: Sequence[float]) -> dict[str, object]:
+    quotients = sorted(mine / other for mine, other in zip(seconds, base))
+    low, middle, high = statistics.quantiles(quotients, n=4)
+    return {
+        "": name,
+        "seconds": statistics.median(seconds),
+        "of the base": f"{middle:.3f}",
+        "quartiles": f"{low:.3f} to {high:.3f}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
