@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from .adapter_folder import load_run_config, local_folder, run_of, trained_on
+from .adapter_folder import adapter_sources, load_run_config, local_folder, run_of, trained_on
 from .config import Group, InputError, setting
 from .inference import load_adapter, load_base
 from .settings import EMBEDDED_BASE
@@ -52,9 +52,10 @@ def find_base(path: str) -> tuple[str, dict[str, str | None]]:
     """Name of the base that an adapter was trained on, with revision and variant.
 
     Raises:
-        InputError: nobody has noted it.
+        InputError: there is no adapter, or nobody has noted it.
     """
     folder = local_folder(path)
+    adapter_sources(folder)
     if run := run_of(folder):
         config = load_run_config(run)
         return config["pretrained_model_name_or_path"], {key: config.get(key) for key in ("revision", "variant")}

@@ -73,14 +73,11 @@ def local_folder(path: str | Path) -> Path:
         ) from error
 
 
-def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str, Path]:
-    """{part: folder in peft's format} of what a path holds.
-
-    Args:
-        modules: UNet and text encoder, by whose layers a folder without parts is told to be the one's or the other's.
+def adapter_sources(folder: Path) -> dict[str | None, Path]:
+    """{part: folder in peft's format} of a run or a checkpoint; {None: folder} of one in peft's format itself.
 
     Raises:
-        InputError: no adapter, or one that is not stored as safetensors.
+        InputError: it holds no adapter.
     """
     found = {part: folder / part for part in PARTS if (folder / part / ADAPTER_CONFIG).is_file()}
     if not found and (folder / ADAPTER_CONFIG).is_file():
@@ -91,6 +88,19 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
         raise InputError(
             f"{folder}: holds no adapter ({ADAPTER_CONFIG} in it, in {' or in '.join(PARTS)}); has the run ended?"
         )
+    return found
+
+
+def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str, Path]:
+    """{part: folder in peft's format} of what a path holds.
+
+    Args:
+        modules: UNet and text encoder, by whose layers a folder without parts is told to be the one's or the other's.
+
+    Raises:
+        InputError: no adapter, or one that is not stored as safetensors.
+    """
+    found = adapter_sources(folder)
     for source in found.values():
         if not (source / ADAPTER_WEIGHTS).is_file():
             pickles = [p.name for p in source.iterdir() if p.suffix in PICKLES]
