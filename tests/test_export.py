@@ -242,6 +242,8 @@ def test_generate_draws_a_strip_with_parameters(run, toy_base, tmp_path, capsys)
         "steps": 2,
         "guidance_scale": 7.5,
         "size": size,
+        "control": None,
+        "control_scale": 1.0,
         "scheduler": "DDIMScheduler",
         "base": str(toy_base),
         "adapters": {str(run): 0.5},
