@@ -20,7 +20,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,15 +35,18 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from finetuning.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.comparison.page import Facts, write_page
+from finetuning.comparison.page import Facts, save, write_page
 from finetuning.comparison.results import choose_rates, facts_of, read_rows
 from finetuning.comparison.running import run_missing
 from finetuning.config import InputError, run_command
 from finetuning.generation import SCHEDULERS, choose_scheduler
 from finetuning.inference import load_adapter, load_base, load_run, set_strength
+from finetuning.picture import grid as draw_grid
+from finetuning.picture import save_picture
 from finetuning.settings import EMBEDDED_BASE, DreamBoothConfig
 from toyworld.measure import generate
-from toyworld.scores import Judges, Pictures, Scores, score
+from toyworld.scene import CONTEXTS
+from toyworld.scores import NEW, Judges, Pictures, Scores, score
 
 ROOT = Path(__file__).resolve().parents[1]
 TOYWORLD = ROOT / "data" / "toyworld"
@@ -149,6 +152,31 @@ def strip(pictures: Pictures) -> Image.Image:
     return Image.fromarray(np.concatenate([*pictures.subject[::each], pictures.plain[0]], axis=1))
 
 
+def samples(pieces: Sequence[Piece], grid: Grid) -> Image.Image | None:
+    """A row a method on the reported subject that most methods have seen: its new contexts, then the plain class."""
+    done = [p for p in pieces if p.phase == "report" and (p.folder(grid) / "samples.png").is_file()]
+    done = [piece for piece in done if piece.seed == grid.report.seeds[0]]
+    if not done:
+        return None
+    subject = max(grid.report.subjects, key=lambda name: sum(piece.subject == name for piece in done))
+    own = [piece for piece in done if piece.subject == subject]
+    rows = {"base model\nwithout the rare word": grid.output_dir / "base" / f"{subject}.png"}
+    rows |= {piece.method.name: piece.folder(grid) / "samples.png" for piece in own}
+    columns = [f"… {CONTEXTS[k]}" for k in NEW] + ["the plain class"]
+    photos = [Image.open(path) for path in sorted((ToySubjects().subjects(grid) / subject).glob("*.png"))]
+    return draw_grid(
+        [cells(Image.open(path), (*NEW, -1)) for path in rows.values()],
+        columns=columns, captions=list(rows), photos=photos, photo_caption=f"photos of {subject}",
+    )  # fmt: skip
+
+
+def cells(strip: Image.Image, indices: Sequence[int]) -> list[Image.Image]:
+    """Pictures of a strip by their places in it."""
+    side = strip.height
+    places = [index % (strip.width // side) * side for index in indices]
+    return [strip.crop((x, 0, x + side, side)) for x in places]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file, see scripts/compare.yaml")
@@ -156,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         "--limit", type=int, metavar="N", help="run at most N pieces of what is missing; 0 = none, only the tables"
     )
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
+    parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv, what made them to "
+                        "PATH.json and pictures to PATH.png")  # fmt: skip
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 0:
         raise InputError(f"--limit={args.limit}: must be 0 or more")
@@ -165,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     def pieces() -> list[Piece]:
         """The selection, and what is to be reported of methods whose learning rate is chosen."""
         selection = grid.selection_pieces()
-        rates, _ = choose_rates(grid, read_rows(selection, grid, task.scores), task.scores)
+        rates = choose_rates(grid, read_rows(selection, grid, task.scores), task.scores)
         return [*selection, *grid.report_pieces(rates)]
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainer is stopped with us
@@ -185,8 +215,13 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     command, folder = shlex.join(["python", "scripts/compare.py", str(args.grid)]), grid.output_dir / "results"
-    print(write_page(folder, read_rows(pieces(), grid, task.scores), Facts.of(grid, task.scores, command), grid))
+    rows, facts = read_rows(pieces(), grid, task.scores), Facts.of(grid, task.scores, command)
+    print(write_page(folder, rows, facts, grid))
     print(f"{folder}: README.md, rows.csv, tables as csv and md, plots")
+    if args.save:
+        save(args.save, rows, facts)
+        if picture := samples(pieces(), grid):
+            save_picture(picture, args.save.with_suffix(".png"))
     return 0
 
 

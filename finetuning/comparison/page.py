@@ -15,7 +15,7 @@ from typing import Any
 from ..score_table import Row, as_csv, as_json, markdown, write, write_table
 from . import plots
 from .grid import Grid
-from .results import BASE, choose_rates, criterion, ends, summary, where, with_intervals
+from .results import choose_table, criterion, ends, summary, with_intervals
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _value(name: str, text: str) -> Any:
 def write_page(folder: Path, rows: Sequence[Row], facts: Facts, grid: Grid) -> str:
     """Tables and plots of what is there; returns the README.md."""
     save(folder / "rows", rows, facts)
-    reported = [row for row in ends(rows, "report") if row["method"] != BASE]
+    reported = ends(rows, "report")
     text = [
         "# Comparison\n",
         f"`{facts.command}`, written {facts.date} on {facts.machine}: {len(reported)} of {facts.planned} reported "
@@ -93,8 +93,7 @@ def write_page(folder: Path, rows: Sequence[Row], facts: Facts, grid: Grid) -> s
         text += [markdown(with_intervals(differences)) if differences else "No other method has run yet.\n"]
         plots.scores(rows, folder / "scores.png")
         plots.tradeoff(rows, folder / "tradeoff.png")
-    _, table = choose_rates(grid, where(rows, phase="selection"), facts.scores)
-    if table:
+    if table := choose_table(rows, facts.choose_by, facts.scores):
         write_table(folder, "selection", table)
         subjects = ", ".join(grid.selection.subjects)
         text += [f"## Learning rates, chosen on {subjects} by the largest {criterion(facts.choose_by)}\n"]

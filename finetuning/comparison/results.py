@@ -74,34 +74,35 @@ def methods_of(rows: Iterable[Row]) -> list[str]:
     return [name for name in dict.fromkeys(row["method"] for row in rows) if name != BASE]
 
 
-def choose_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> tuple[dict[str, float], list[Row]]:
-    """{method: rate} of the methods whose rates have all been tried, and the table that shows why.
-
-    A method with one rate, in a grid without a selection, has chosen it.
-    """
-    rates, table = {}, []
+def choose_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> dict[str, float]:
+    """{method: rate} of the methods whose rates have all been tried; the one rate in a grid without a selection."""
     wanted = len(grid.selection.subjects) * len(grid.selection.seeds)
-    for method in grid.methods:
-        if not wanted:
-            rates[method.name] = method.learning_rates[0]
-            continue
-        values = {}
-        for rate in method.learning_rates:
-            own = where(rows, method=method.name, learning_rate=rate)
-            if own:
-                means = {s: mean_of(own, s) for s in scores}
-                total = sum(weight * means[s] for s, weight in grid.choose_by.items())
-                row = {"method": method.name, "learning rate": f"{rate:g}", "runs": len(own), "total": total, **means}
-                table.append(row)
-                if len(own) == wanted:
-                    values[rate] = total
-        if len(values) == len(method.learning_rates):
-            rates[method.name] = best = max(values, key=values.get)
-            for row in table:
-                if row["method"] == method.name and row["learning rate"] == f"{best:g}":
-                    at_edge = len(values) > 1 and best in (min(values), max(values))
-                    row["chosen"] = "yes, at the edge of what was tried" if at_edge else "yes"
-    return rates, table
+    if not wanted:
+        return {method.name: method.learning_rates[0] for method in grid.methods}
+    rates = {}
+    for row in choose_table(rows, grid.choose_by, scores):
+        method = next(method for method in grid.methods if method.name == row["method"])
+        tried = where(rows, phase="selection", method=method.name)
+        if row.get("chosen") and len(tried) == wanted * len(method.learning_rates):
+            rates[method.name] = float(row["learning rate"])
+    return rates
+
+
+def choose_table(rows: Iterable[Row], choose_by: dict[str, float], scores: Sequence[str]) -> list[Row]:
+    """Means of the selection, a row a method and rate; "chosen" marks the best one so far of each method."""
+    selection, table = ends(rows, "selection"), []
+    for method in methods_of(selection):
+        tried = []
+        for rate in sorted({row["learning_rate"] for row in where(selection, method=method)}):
+            own = where(selection, method=method, learning_rate=rate)
+            means = {s: mean_of(own, s) for s in scores}
+            total = sum(weight * means[s] for s, weight in choose_by.items())
+            tried.append({"method": method, "learning rate": f"{rate:g}", "runs": len(own), "total": total, **means})
+        best = max(tried, key=lambda row: row["total"])
+        is_edge = len(tried) > 1 and best in (tried[0], tried[-1])
+        best["chosen"] = "yes, at the edge of what was tried" if is_edge else "yes"
+        table += tried
+    return table
 
 
 def criterion(choose_by: dict[str, float]) -> str:
@@ -142,10 +143,7 @@ def over(rows: Sequence[Row], method: str, column: str) -> list[Row]:
 
 
 def summary(rows: Sequence[Row], baseline: str, scores: Sequence[str]) -> tuple[list[Row], list[Row]]:
-    """Means with intervals of the reported runs, a row a method; and differences to the baseline.
-
-    Differences are paired by individual; only those that both methods have count.
-    """
+    """Means with intervals of the reported runs, a row a method; and differences to the baseline."""
     reported, means, differences = ends(rows, "report"), [], []
     bases = where(rows, phase="report", method=BASE)
     facts = dict.fromkeys(("trained", "learning rate", "subjects", "runs"))
@@ -156,18 +154,23 @@ def summary(rows: Sequence[Row], baseline: str, scores: Sequence[str]) -> tuple[
         row: Row = {"method": method, "trained": int(own[0]["trained"])}
         row |= {"learning rate": f"{own[0]['learning_rate']:g}"}
         row |= {"subjects": len({r["individual"] for r in own}), "runs": len(own)}
-        difference: Row = {"method": method}
-        other = {name: by_subject(reported, baseline, name) for name in scores}
         for name in scores:
-            values = by_subject(reported, method, name)
-            row[name], row[f"{name} ±"] = mean_and_interval(list(values.values()))
-            pairs = [values[s] - other[name][s] for s in values if s in other[name]]
-            difference["subjects"] = len(pairs)
-            difference[name], difference[f"{name} ±"] = mean_and_interval(pairs)
+            row[name], row[f"{name} ±"] = mean_and_interval(list(by_subject(reported, method, name).values()))
         means.append(row)
         if method != baseline:
-            differences.append(difference)
+            differences.append({"method": method, **difference(rows, method, baseline, scores)})
     return means, differences
+
+
+def difference(rows: Sequence[Row], method: str, other: str, scores: Sequence[str]) -> Row:
+    """Means with intervals of `method` - `other` at the end, over the individuals that both have; "subjects" = n."""
+    reported, row = ends(rows, "report"), {}
+    for name in scores:
+        a, b = by_subject(reported, method, name), by_subject(reported, other, name)
+        pairs = [a[s] - b[s] for s in a if s in b]
+        row["subjects"] = len(pairs)
+        row[name], row[f"{name} ±"] = mean_and_interval(pairs)
+    return row
 
 
 def with_intervals(rows: Sequence[Row]) -> list[Row]:

@@ -21,6 +21,7 @@ from ..config import InputError, RunError
 from ..score_table import as_json, write
 from .grid import Grid, Piece, Task
 
+PATIENCE = 15  # seconds that an interrupted trainer has to end by itself
 Pieces = Callable[[], Sequence[Piece]]
 
 
@@ -108,9 +109,12 @@ def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> No
         process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=locks)
         try:
             code = process.wait()
-        except BaseException:  # Ctrl-C reaches the trainer too, which saves a checkpoint
-            process.terminate()
-            process.wait()
+        except BaseException:  # Ctrl-C reaches the trainer too, which saves a checkpoint unless it is told twice
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
             raise
     if code < 0:
         raise RunError(f"{folder}: the trainer was stopped by signal {-code}; the same command goes on")

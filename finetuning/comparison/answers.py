@@ -1,0 +1,87 @@
+"""What the rows say to the questions of docs/results.md, as tables and short sentences that state their n."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ..score_table import Row, markdown
+from .results import difference, ends, methods_of, over, with_intervals
+
+LESS_IS_BETTER = ("leak", "drift", "prior_attributes", "prior_features")
+
+
+def verdict(rows: Sequence[Row], method: str, other: str, scores: Sequence[str]) -> str:
+    """One sentence: on which scores `method` differs from `other` by more than its 95 % confidence interval."""
+    found = difference(rows, method, other, scores)
+    if found["subjects"] < 2:
+        return f"**{method} against {other}**: not yet, both have {found['subjects']} subjects."
+    sides: dict[str, list[str]] = {"better": [], "worse": []}
+    for name in scores:
+        mean, half = found[name], found[f"{name} ±"]
+        if abs(mean) > half:
+            is_better = (mean > 0) != (name in LESS_IS_BETTER)
+            sides["better" if is_better else "worse"].append(f"{name} ({mean:+.3f} ± {half:.3f})")
+    said = [f"{side} on {', '.join(names)}" for side, names in sides.items() if names]
+    rest = [name for name in scores if not any(name == text.split(" ")[0] for side in sides.values() for text in side)]
+    said += [f"no difference shown on {', '.join(rest)}"] if rest else []
+    return f"**{method} against {other}**, {found['subjects']} subjects: {'; '.join(said)}."
+
+
+def differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], scores: Sequence[str]) -> str:
+    """A table of paired differences, a row a pair of methods."""
+    table = [{"difference": f"{a} − {b}", **difference(rows, a, b, scores)} for a, b in pairs]
+    return markdown(with_intervals([row for row in table if row["subjects"]])) if table else ""
+
+
+def curve_table(rows: Sequence[Row], column: str, scores: Sequence[str]) -> str:
+    """Means at every scored step or strength, of the methods that were scored at more than one."""
+    table = []
+    for method in methods_of(rows):
+        curve = over(rows, method, column)
+        for row in curve[1:] if len(curve) > 2 else ():
+            table.append({"method": method, column: f"{row[column]:g}", "subjects": f"{row['subjects']}"}
+                         | {name: row[name] for name in scores})  # fmt: skip
+    return markdown(table) if table else "Not yet.\n"
+
+
+def crossing(curve: Sequence[Row], x: str, y: str, level: float) -> float:
+    """Where the curve first reaches y = level, linearly between its points; nan if it does not."""
+    for a, b in pairwise(curve):
+        if a[y] < level <= b[y]:
+            return a[x] + (level - a[y]) / (b[y] - a[y]) * (b[x] - a[x])
+    return math.nan
+
+
+def cost_table(rows: Sequence[Row], column: str, levels: Sequence[float], costs: Sequence[str]) -> str:
+    """What a given subject score in new contexts costs along a curve: the scores at which the curve crosses it."""
+    table = []
+    for method in methods_of(rows):
+        curve = over(rows, method, column)
+        if len(curve) > 2:
+            row: Row = {"method": method, "subjects": f"{curve[0]['subjects']}"}
+            for cost in costs:
+                row |= {f"{cost} at {level:g}": crossing(curve, cost, "subject_new", level) for level in levels}
+            table.append(row)
+    return markdown(table) if table else "Not yet.\n"
+
+
+def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[float]) -> str:
+    """Seconds of training until the mean subject score in new contexts reaches a level, by the seconds of a step."""
+    table = []
+    for method in methods_of(rows):
+        curve = over(rows, method, "step")
+        if len(curve) > 2 and method in seconds:
+            row: Row = {"method": method, "subjects": f"{curve[0]['subjects']}", "seconds a step": seconds[method]}
+            row |= {f"s to {lv:g}": crossing(curve, "step", "subject_new", lv) * seconds[method] for lv in levels}
+            table.append(row)
+    return markdown(table) if table else "Not yet.\n"
+
+
+def progress(rows: Sequence[Row], planned: int) -> str:
+    """How much of the grid is there."""
+    reported = ends(rows, "report")
+    whole = {name: len({r["individual"] for r in reported if r["method"] == name}) for name in methods_of(rows)}
+    subjects = ", ".join(f"{name} {count}" for name, count in whole.items())
+    return f"{len(reported)} of {planned} reported runs are there; subjects so far: {subjects or 'none'}.\n"

@@ -1,0 +1,74 @@
+"""The page of results: what its tables and sentences say follows from the files, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_evaluation import load_script
+
+from finetuning.comparison import answers, page, results
+from finetuning.config import InputError, run_command
+from toyworld.scores import Scores
+
+summarize = load_script("summarize")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+SCORES = tuple(Scores.__dataclass_fields__)
+
+
+def make_rows() -> list[dict]:
+    """Two methods on three subjects, after 10 and 20 steps and at half strength; the first drifts half as much."""
+    rows = []
+    for method, drift in (("BOFT b=8 m=2", 0.5), ("LoRA r=11", 1.0)):
+        for k, individual in enumerate("xyz"):
+            for step, strength in ((10, 1.0), (20, 0.5), (20, 1.0)):
+                part = step * strength / 20
+                values = dict.fromkeys(SCORES, 0.25) | {"subject_new": part, "drift": part * drift + k / 100}
+                rows.append({"phase": "report", "method": method, "learning_rate": 0.1, "individual": individual,
+                             "seed": 0, "step": step, "strength": strength, **values, "trained": 7000})  # fmt: skip
+        rows.append({**rows[-1], "phase": "selection", "individual": "w"})
+    zero = dict.fromkeys(SCORES, 0.0)
+    rows += [{"phase": "report", "method": results.BASE, "individual": individual, **zero} for individual in "xyz"]
+    return rows
+
+
+FACTS = page.Facts("a command", "a date", "a machine", 6, 20, "LoRA r=11", {"subject_new": 1.0, "drift": -1.0}, SCORES)
+
+
+def test_the_page_is_written_from_the_files_alone(tmp_path):
+    target, folder = tmp_path / "results.md", tmp_path / "results"
+    target.write_text(PAGE.read_text())
+    assert run_command(summarize.main, [str(target)]) == 0
+    empty = target.read_text()
+    assert empty.count("Not yet.") == empty.count("<!-- end -->") > 8
+
+    page.save(folder / "compare", make_rows(), FACTS)
+    timed = {"machine": "a machine", "results": {"LoRA r=11": {"seconds a step": 3.0}}}
+    (folder / "training-grid.json").write_text(json.dumps(timed))
+    assert run_command(summarize.main, [str(target)]) == 0
+    text = target.read_text()
+    assert "6 of 6 reported runs are there" in text and "| LoRA r=11 | 7,000 | 0.1 | 3 | 3 |" in text
+    assert "3 subjects: better on drift (-0.500 ± 0.000); no difference shown on subject, subject_new" in text
+    assert "BOFT b=8 m=2 against LoRA r=5**: not yet" in text
+    assert "| LoRA r=11 | 3 | 3.000 | 30.000 | 48.000 | 54.000 |" in text, "steps to the score × seconds a step"
+    for name in re.findall(r"results/(scores|tradeoff|steps|strengths|times|selection).png", text):
+        assert (folder / f"{name}.png").stat().st_size > 0
+    blocks = r"(<!-- [\w-]+ -->\n).*?(<!-- end -->)"
+    assert re.sub(blocks, "", text, flags=re.DOTALL) == re.sub(blocks, "", PAGE.read_text(), flags=re.DOTALL)
+
+
+def test_curves_are_of_the_same_runs_all_along():
+    rows = make_rows()
+    rows = [row for row in rows if (row["individual"], row.get("step")) != ("z", 10)]
+    curve = results.over(rows, "LoRA r=11", "step")
+    assert [row["step"] for row in curve] == [0, 10, 20] and {row["subjects"] for row in curve} == {2}
+    assert curve[2]["drift"] == pytest.approx(1.005), "z counts nowhere"
+    assert answers.crossing(curve, "drift", "subject_new", 0.75) == pytest.approx(0.755)
+    assert answers.crossing(curve, "drift", "subject_new", 2) != answers.crossing(curve, "drift", "subject_new", 2)
+
+
+def test_a_page_without_its_places_is_refused():
+    with pytest.raises(InputError, match="blocks means"):
+        summarize.fill("no blocks", {"means": "x"})
