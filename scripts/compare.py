@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -36,8 +35,8 @@ from tqdm import tqdm
 
 from finetuning.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.comparison.page import Facts, save, write_page
-from finetuning.comparison.results import choose_rates, facts_of, read_rows
-from finetuning.comparison.running import run_missing
+from finetuning.comparison.results import facts_of, read_rows
+from finetuning.comparison.running import pieces_of, run_grid
 from finetuning.config import InputError, run_command
 from finetuning.generation import SCHEDULERS, choose_scheduler
 from finetuning.inference import load_adapter, load_base, load_run, set_strength
@@ -192,35 +191,24 @@ def main(argv: list[str] | None = None) -> int:
     task = ToySubjects()
     grid = read_grid(args.grid, task, args.output_dir)
 
-    def pieces() -> list[Piece]:
-        """The selection, and what is to be reported of methods whose learning rate is chosen."""
-        selection = grid.selection_pieces()
-        rates = choose_rates(grid, read_rows(selection, grid, task.scores), task.scores)
-        return [*selection, *grid.report_pieces(rates)]
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainer is stopped with us
     planned = len(grid.selection_pieces()) + len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
-    try:
-        with tqdm(desc="runs", total=planned, unit="run") as bar:
+    with tqdm(desc="runs", total=planned, unit="run") as bar:
 
-            def say(name: str) -> None:
-                bar.n = sum(piece.is_complete(grid) for piece in pieces())
-                bar.set_postfix_str(name)
+        def say(name: str) -> None:
+            bar.n = sum(piece.is_complete(grid) for piece in pieces_of(grid, task))
+            bar.set_postfix_str(name)
 
-            run_missing(pieces, grid, task, sys.maxsize if args.limit is None else args.limit, say)
-            say("")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        if not run_grid(grid, task, args.limit, say):
+            return 130
+        say("")
+    pieces = pieces_of(grid, task)
     command, folder = shlex.join(["python", "scripts/compare.py", str(args.grid)]), grid.output_dir / "results"
-    rows, facts = read_rows(pieces(), grid, task.scores), Facts.of(grid, task.scores, command)
+    rows, facts = read_rows(pieces, grid, task.scores), Facts.of(grid, task.scores, command)
     print(write_page(folder, rows, facts, grid))
     print(f"{folder}: README.md, rows.csv, tables as csv and md, plots")
     if args.save:
         save(args.save, rows, facts)
-        if picture := samples(pieces(), grid):
+        if picture := samples(pieces, grid):
             save_picture(picture, args.save.with_suffix(".png"))
     return 0
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from finetuning.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.comparison.results import choose_rates, facts_of, read_rows
-from finetuning.comparison.running import run_missing
+from finetuning.comparison.results import choose_table, facts_of, read_rows
+from finetuning.comparison.running import pieces_of, run_grid
 from finetuning.config import InputError, run_command
 from finetuning.control_scoring import (
     CONTROLLED,
@@ -121,24 +120,13 @@ def main(argv: list[str] | None = None) -> int:
     task = ToyControls()
     grid = read_grid(args.grid, task, args.output_dir)
 
-    def pieces() -> list[Piece]:
-        """The selection, and what is to be reported of methods whose learning rate is chosen."""
-        selection = grid.selection_pieces()
-        rates, _ = choose_rates(grid, read_rows(selection, grid, SCORES), SCORES)
-        return [*selection, *grid.report_pieces(rates)]
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainer is stopped with us
-    try:
-        run_missing(pieces, grid, task, sys.maxsize if args.limit is None else args.limit, print)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+    if not run_grid(grid, task, args.limit, print):
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    folder, rows = grid.output_dir / "results", read_rows(pieces(), grid, SCORES)
-    found = table(rows, pieces(), grid)
+    pieces = pieces_of(grid, task)
+    folder, rows = grid.output_dir / "results", read_rows(pieces, grid, SCORES)
+    found = table(rows, pieces, grid)
     write_table(folder, "scores", found)
-    _, rates = choose_rates(grid, [row for row in rows if row["phase"] == "selection"], SCORES)
+    rates = choose_table(rows, grid.choose_by, SCORES, grid.selection_runs())
     page = f"# Control at equal steps ({grid.last_step})\n\n{markdown(found) if found else 'No reported run yet.'}"
     page += f"\nMeans ± standard deviation over seeds.\n\n## Learning rates\n\n{markdown(rates)}" if rates else ""
     write(folder / "README.md", page)

@@ -10,7 +10,7 @@
 by the prompt without the rare token; blackened pictures excluded and counted. Pictures and tables go into evaluation/
 of a run. To go on after an interruption, run the same command again. `pictures` scores what other programs have made.
 
-`toyworld` writes scores.json into the run's folder and prints a table of the base model and the tuned one.
+`toyworld` writes scores.json into the folder of each run and prints a table of the base models and the tuned ones.
 
 `controlnet` detects the control again in pictures drawn by held-out controls and compares: edges (canny; IoU, and F1
 within 0.75 % of the diagonal), segments (mean IoU), landmarks of faces. Beside it stand pictures without control, the
@@ -23,59 +23,41 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from PIL import Image
-from tqdm import tqdm
+from diffusers import StableDiffusionPipeline
 
 from finetuning.config import InputError, run_command
 from finetuning.control_evaluation import load_landmarks
 from finetuning.control_scoring import ControlTest, Drawing, draw_control_run, score_control_run
-from finetuning.dataset import Transform, find_images, open_image
-from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino, score_pictures
+from finetuning.dataset import find_images
+from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino
 from finetuning.gallery import Gallery, read_gallery, weights_of
+from finetuning.generation import SCHEDULERS, choose_scheduler
 from finetuning.inference import load_base, load_run, load_run_config
-from finetuning.lpips import LPIPS, load_lpips
-from finetuning.picture import grid, save_picture
+from finetuning.lpips import load_lpips
+from finetuning.picture import save_picture
 from finetuning.prompts import Words, find_words, read_templates
+from finetuning.protocol import SCORES, Encoders, Subject, overview, progress, score_all, score_grid, summary
 from finetuning.run import CONFIG, DTYPES
-from finetuning.score_table import Row, as_json, markdown, mean_of, write, write_table
+from finetuning.score_table import as_json, markdown, mean_of, write, write_table
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
 from toyworld.measure import generate
-from toyworld.scores import Judges, score, table
+from toyworld.scores import Judges, score
 from toyworld.segmentation import load_segmentation
 from toyworld.subjects import SUBJECTS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "toyworld"
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-large-patch14"
-SCORES = ("DINO", "Judge", "CLIP-I", "CLIP-T", "LPIPS")
 
 
 # Encoders
-
-
-@dataclass
-class Encoders:
-    """The networks that score, loaded once for all runs.
-
-    Attributes:
-        fidelity: column to encoder; text: the one that reads, or None; lpips: or None.
-    """
-
-    fidelity: dict[str, Encoder]
-    text: Encoder | None
-    lpips: LPIPS | None
-
-    def describe(self) -> dict:
-        """What a stated score must state: models and preprocessing."""
-        found = {n: {"model": e.name, **e.preprocessing.describe()} for n, e in self.fidelity.items()}
-        return {**found, "LPIPS": "AlexNet, v0.1" if self.lpips else None}
 
 
 def load_encoders(args: argparse.Namespace, is_toy: bool) -> Encoders:
@@ -105,21 +87,6 @@ def judge_encoder(folder: Path, device: str) -> Encoder:
 
 
 # Runs
-
-
-@dataclass
-class Subject:
-    """What a run was about, and what it is asked.
-
-    Attributes:
-        name: of the subject; words: token and class word; templates: prompts with {} for the subject.
-        photos: the real ones.
-    """
-
-    name: str
-    words: Words
-    templates: list[str]
-    photos: list[Path]
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -239,74 +206,6 @@ def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, arg
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def score_all(
-    title: str,
-    pictures: Sequence[Image.Image],
-    texts: Sequence[str],
-    prompts: Sequence[str],
-    photos: Sequence[Path],
-    encoders: Encoders,
-    batch_size: int,
-) -> dict:
-    """Scores by picture, by prompt, and of the real photos; the pictures of a prompt follow each other."""
-    real = [open_image(path) for path in photos]
-    with progress(f"{title}: scoring", len(encoders.fidelity) * len(pictures), "picture") as bar:
-        scores, reference = score_pictures(
-            pictures, texts, real, fidelity=encoders.fidelity, text_encoder=encoders.text, lpips=encoders.lpips,
-            batch_size=batch_size, advance=bar.update,
-        )  # fmt: skip
-    each = len(pictures) // len(prompts)
-    names = [name for name in SCORES if name in scores]
-    by_picture = [
-        {"prompt": prompts[i // each], "picture": i % each, **{n: float(scores[n][i]) for n in names}}
-        for i in range(len(pictures))
-    ]
-    by_prompt = []
-    for p, prompt in enumerate(prompts):
-        part = by_picture[p * each : (p + 1) * each]
-        black = sum(row[names[0]] != row[names[0]] for row in part)  # nan is unequal to itself
-        counts = {"prompt": prompt, "pictures": len(part), "excluded": black}
-        by_prompt.append({**counts, **{n: mean_of(part, n) for n in names}})
-    return {"prompts": by_prompt, "by_picture": by_picture, "real": reference}
-
-
-def summary(result: dict, **more: str) -> Row:
-    """One row for a run: means over all its pictures that are not blackened."""
-    names = [name for name in SCORES if name in result["by_picture"][0]]
-    counts = {key: sum(row[key] for row in result["prompts"]) for key in ("pictures", "excluded")}
-    subject = {"subject": result["subject"]} if "subject" in result else {}
-    return {**more, **subject, **counts, **{n: mean_of(result["by_picture"], n) for n in names}}
-
-
-def score_grid(gallery: Gallery, subject: Subject) -> Image.Image:
-    """The photos on top, a row a prompt."""
-    pictures = gallery.images()
-    rows = [pictures[i : i + gallery.each] for i in range(0, len(pictures), gallery.each)]
-    photos = squares(subject.photos[: max(4, 2 * gallery.each)], pictures[0].width)
-    return grid(rows, captions=gallery.prompts, photos=photos, photo_caption=f"photos of {subject.name}")
-
-
-def overview(runs: Sequence[Path], names: Sequence[str], subjects: Sequence[Subject], each: int) -> Image.Image:
-    """A row a run: two photos, then the first picture of its first prompts."""
-    shown, rows = 6, []
-    for run, subject in zip(runs, subjects):
-        gallery = Gallery(run / "evaluation" / "pictures", tuple(subject.templates), each)
-        pictures = [open_image(gallery.path(p, 0)) for p in range(min(shown, len(subject.templates)))]
-        rows.append([*squares(subject.photos[:2], pictures[0].width), *pictures])
-    templates = subjects[0].templates[:shown]
-    columns = (
-        ["photo", "photo", *(t.replace("{}", "…") for t in templates)]
-        if all(s.templates[:shown] == templates for s in subjects)
-        else []
-    )
-    return grid(rows, columns=columns, captions=names)
-
-
-def squares(paths: Sequence[Path], side: int) -> list[Image.Image]:
-    crop = Transform(side, center_crop=True).crop
-    return [crop(open_image(path)) for path in paths]
-
-
 def pictures(args: argparse.Namespace) -> dict:
     """Score pictures that were made elsewhere."""
     templates = read_templates(args.prompts)
@@ -327,13 +226,53 @@ def pictures(args: argparse.Namespace) -> dict:
     return result
 
 
-def progress(title: str, total: int, unit: str) -> tqdm:
-    return tqdm(desc=title, total=total, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 10)
+def toyworld(args: argparse.Namespace) -> dict[str, dict]:
+    """Score runs on embedded subjects beside their base, {run: what its scores.json holds}; what is scored is kept."""
+    runs = find_runs(args.runs)
+    subjects = [embedded_subject(load_run_config(run)) for run in runs]
+    draw = partial(generate, steps=args.num_inference_steps, guidance=args.guidance_scale)
+    record = {"steps": args.num_inference_steps, "guidance": args.guidance_scale, "scheduler": args.scheduler}
+    judged: dict[tuple, tuple] = {}  # of each subject and base
+
+    def drawing(pipeline: StableDiffusionPipeline) -> partial:
+        pipeline.scheduler = choose_scheduler(pipeline, args.scheduler)
+        return partial(draw, pipeline)
+
+    results = {}
+    for run, subject in zip(runs, subjects):
+        name, path = str(run.relative_to(args.runs)) if run != args.runs else run.name, run / "scores.json"
+        key = {"scoring": record, "weights": weights_of(run)}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if {k: found.get(k) for k in key} != key:
+            which = subject, load_run_config(run)["pretrained_model_name_or_path"]
+            if which not in judged:
+                judges = Judges(DATA / "judge", subject)
+                judged[which] = judges, *score(drawing(load_base(which[1])), judges, word="")
+            judges, base, pictures = judged[which]
+            tuned, _ = score(drawing(load_run(run)), judges, base=pictures)
+            found = {"subject": subject, **key, "base": asdict(base), "tuned": asdict(tuned)}
+            write(path, as_json(found))
+        results[name] = found
+    rows = [
+        {"run": name, **found[model]} if model == "tuned" else {"run": f"{name}: base model", **found[model]}
+        for name, found in results.items()
+        for model in ("base", "tuned")
+    ]
+    print(markdown(rows))
+    print("subject: 0 = like any other of its class, 1 = the subject itself")
+    if len(runs) > 1:
+        write_table(args.runs / "evaluation", "toyworld", rows)
+    elif (picture := runs[0] / "comparison.png").is_file():
+        print(f"the picture: {picture}")
+    return results
 
 
-def toyworld(run: Path, judge: Path = DATA / "judge") -> dict:
-    """Score a run on an embedded subject beside its base; returns and writes the scores."""
-    config = load_run_config(run)
+def embedded_subject(config: dict) -> str:
+    """The name of a run's subject.
+
+    Raises:
+        InputError: the toy world does not know it.
+    """
     card = Path(config["instance_data_dir"]) / "subject.json"
     subject = json.loads(card.read_text())["name"] if card.is_file() else None
     if subject not in SUBJECTS:
@@ -341,16 +280,7 @@ def toyworld(run: Path, judge: Path = DATA / "judge") -> dict:
             f"--instance_data_dir={config['instance_data_dir']}: not an embedded subject, and the toy world's judge "
             f"knows no other; it has {', '.join(SUBJECTS)}"
         )
-    judges = Judges(judge, subject)
-    base, pictures = score(partial(generate, load_base(config["pretrained_model_name_or_path"])), judges, word="")
-    tuned, _ = score(partial(generate, load_run(run)), judges, base=pictures)
-    result = {"subject": subject, "base": asdict(base), "tuned": asdict(tuned)}
-    (run / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(table({"base model": base, "tuned": tuned}))
-    print(f"\nsubject: 0 = like any other {judges.category}, 1 = the subject itself; {run / 'scores.json'}")
-    if (picture := run / "comparison.png").is_file():
-        print(f"the picture: {picture}")
-    return result
+    return subject
 
 
 def controlnet(args: argparse.Namespace) -> list[dict]:
@@ -453,9 +383,14 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_encoder_flags(command)
     command.set_defaults(run=pictures)
 
-    command = commands.add_parser("toyworld", help="an embedded subject, by the toy world's own judge")
-    command.add_argument("runs", type=Path, metavar="run", help="the --output_dir of a run")
-    command.set_defaults(run=lambda args: toyworld(args.runs))
+    command = commands.add_parser("toyworld", help="embedded subjects, by the toy world's own judge")
+    command.add_argument("runs", type=Path, help="the --output_dir of a run, or a folder with several")
+    command.add_argument("--num_inference_steps", type=at_least(1), default=25, metavar="N", help="(default: 25)")
+    command.add_argument("--guidance_scale", type=float, default=3.0, metavar="X", help="(default: 3)")
+    command.add_argument(
+        "--scheduler", choices=SCHEDULERS, help="e.g. dpm++, of which 12 steps do (default: the base's)"
+    )
+    command.set_defaults(run=toyworld)
 
     command = commands.add_parser("controlnet", help="a run of train_controlnet.py: how controls are followed")
     command.add_argument("runs", type=Path, metavar="run", help="the --output_dir of a run")

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.comparison import answers, page, plots
-from finetuning.comparison.results import choose_table, criterion, summary, with_intervals
+from finetuning.comparison.results import choose_table, criterion, ends, summary, with_intervals
 from finetuning.config import InputError, run_command
 from finetuning.score_table import markdown, write
 
@@ -38,28 +38,37 @@ NOT_YET = "Not yet.\n"
 
 def main_blocks(folder: Path) -> dict[str, str]:
     """The texts that follow from the comparison, and its plots."""
-    names = ("progress", "means", "differences", "verdicts", "selection", "steps", "strengths", "strength-cost")
+    names = ("progress", "selection", "means", "verdicts", "differences", "pictures", "steps", "strengths")
+    blocks = dict.fromkeys((*names, "strength-cost"), NOT_YET)
     if not (folder / "compare.csv").is_file():
-        return dict.fromkeys(names, NOT_YET)
+        return blocks
     rows, facts = page.load(folder / "compare")
+    blocks["progress"] = f"`{facts.command}`, {facts.date}, {facts.machine}: {answers.progress(rows, facts)}"
+    if table := choose_table(rows, facts.choose_by, facts.scores, facts.selection):
+        plots.selection(table, criterion(facts.choose_by), folder / "selection.png")
+        blocks["selection"] = markdown(table, ["method", "learning rate", "runs", "total", *SHORT, "chosen"])
+        blocks["selection"] += image(folder / "selection.png", "learning rates")
+    if not ends(rows, "report"):
+        return blocks
     means, _ = summary(rows, facts.baseline, facts.scores)
-    table = choose_table(rows, facts.choose_by, facts.scores)
     plots.scores(rows, folder / "scores.png")
     plots.tradeoff(rows, folder / "tradeoff.png")
-    plots.trajectories(rows, folder / "steps.png")
-    plots.strengths(rows, folder / "strengths.png")
-    plots.selection(table, criterion(facts.choose_by), folder / "selection.png")
-    shown = [row for row in table if row.get("chosen")]
-    return {
-        "progress": f"`{facts.command}`, {facts.date}, {facts.machine}: {answers.progress(rows, facts.planned)}",
-        "means": markdown(with_intervals(means)),
-        "differences": answers.differences(rows, PAIRS, facts.scores) or NOT_YET,
-        "verdicts": "\n".join(f"* {answers.verdict(rows, a, b, facts.scores)}" for a, b in PAIRS) + "\n",
-        "selection": markdown(shown, ["method", "learning rate", "runs", "total", *SHORT, "chosen"]),
-        "steps": answers.curve_table(rows, "step", SHORT),
-        "strengths": answers.curve_table(rows, "strength", SHORT),
-        "strength-cost": answers.cost_table(rows, "strength", LEVELS[:2], ("strength", "drift", "leak")),
-    }
+    blocks["means"] = markdown(with_intervals(means)) + image(folder / "scores.png", "scores")
+    blocks["verdicts"] = "\n".join(f"* {answers.verdict(rows, a, b, facts.scores)}" for a, b in PAIRS) + "\n"
+    blocks["differences"] = answers.differences(rows, PAIRS, facts.scores)
+    blocks["differences"] += image(folder / "tradeoff.png", "fidelity against drift")
+    blocks["pictures"] = image(folder / "compare.png", "pictures") or NOT_YET
+    for name, column, plot in (("steps", "step", plots.trajectories), ("strengths", "strength", plots.strengths)):
+        if table := answers.curve_table(rows, column, SHORT):
+            plot(rows, folder / f"{name}.png")
+            blocks[name] = table + image(folder / f"{name}.png", name)
+    blocks["strength-cost"] = answers.cost_table(rows, "strength", LEVELS[:2], ("strength", "drift")) or NOT_YET
+    return blocks
+
+
+def image(path: Path, text: str) -> str:
+    """A link to a plot or picture, if it is there."""
+    return f"\n![{text}]({path.parent.name}/{path.name})\n" if path.is_file() else ""
 
 
 def time_blocks(folder: Path) -> dict[str, str]:
@@ -69,8 +78,10 @@ def time_blocks(folder: Path) -> dict[str, str]:
     rows, _ = page.load(folder / "compare")
     found = json.loads((folder / "training-grid.json").read_text(encoding="utf-8"))
     seconds = {name: row["seconds a step"] for name, row in found["results"].items()}
+    if not (table := answers.time_table(rows, seconds, LEVELS)):
+        return {"times": NOT_YET}
     plots.times(rows, seconds, folder / "times.png")
-    return {"times": f"{found['machine']}.\n\n{answers.time_table(rows, seconds, LEVELS)}"}
+    return {"times": f"{found['machine']}.\n\n{table}{image(folder / 'times.png', 'seconds to a score')}"}
 
 
 def ablation_blocks(folder: Path) -> dict[str, str]:
@@ -79,7 +90,7 @@ def ablation_blocks(folder: Path) -> dict[str, str]:
     rows, facts = page.load(folder / "ablation")
     means, differences = summary(rows, facts.baseline, facts.scores)
     columns = ["method", "trained", "runs", *SHORT]
-    text = answers.progress(rows, facts.planned).split(";")[0] + f", {facts.date}.\n\n"
+    text = f"`{facts.command}`, {facts.date}: {answers.progress(rows, facts)}\n"
     text += markdown([{k: row.get(k) for k in columns} for row in means]) + f"\nDifference to {facts.baseline}:\n\n"
     return {"ablation": text + markdown(with_intervals([{k: r[k] for k in r if k.split(" ")[0] in (*SHORT, "method")}
                                                         for r in differences]))}  # fmt: skip

@@ -148,12 +148,12 @@ def test_seeds_are_averaged_before_subjects_and_differences_are_paired():
 def test_the_learning_rate_is_chosen_where_all_were_tried(grid):
     tried = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
     rows = [{**rows_of({("a", "boat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in tried.items()]
-    table = results.choose_table(rows, grid.choose_by, TASK.scores)
+    table = results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_runs())
     assert [row.get("chosen") for row in table] == [None, "yes", None]
     assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.2}
     assert results.choose_rates(grid, rows[:2], TASK.scores) == {}, "one rate has not run yet"
     rows[2]["subject_new"] = 9.0
-    assert "edge" in results.choose_table(rows, grid.choose_by, TASK.scores)[2]["chosen"]
+    assert "edge" in results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_runs())[2]["chosen"]
 
 
 def test_the_plots_bear_one_subject_and_many(tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -351,9 +352,31 @@ def test_pictures_from_elsewhere_with_one_blackened_and_lpips(runs, encoders, tm
     assert f"--lpips_alexnet={linear}" in capsys.readouterr().err
 
 
+def test_embedded_subjects_are_judged_run_by_run(tmp_path, capsys):
+    embedded = Path(__file__).parents[1] / "data" / "toyworld"
+    arguments = flags(
+        embedded / "base", embedded / "subjects" / "boat", tmp_path / "runs" / "a", "--max_train_steps=1"
+    )
+    assert run(*arguments, "--learning_rate=0", "--lr_scheduler=constant") == 0
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    few = ("--num_inference_steps=1", "--scheduler=ddim")
+    assert command("toyworld", tmp_path / "runs", *few) == 0
+    path = tmp_path / "runs" / "a" / "scores.json"
+    found = json.loads(path.read_text())
+    moved = found["tuned"]["drift"], found["tuned"]["prior_features"]
+    assert moved == pytest.approx((0, 0), abs=1e-3), "a rate of 0 leaves the base as it was"
+    assert found["base"]["subject"] != found["tuned"]["subject"], "asked without and with the rare word"
+    table = csv.DictReader((tmp_path / "runs" / "evaluation" / "toyworld.csv").read_text().splitlines())
+    assert [row["run"] for row in table] == ["a: base model", "a", "b: base model", "b"]
+    before = path.stat().st_mtime_ns
+    assert command("toyworld", tmp_path / "runs" / "a", *few) == 0
+    assert path.stat().st_mtime_ns == before, "nothing is judged twice"
+
+
 def test_wrong_input_is_one_line(runs, encoders, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_text("a mug in the snow\n")
+    rest = (f"--prompts={runs / 'prompts.txt'}", "--class_word=mug")
     cases = {
         ("dreambooth", tmp_path / "nowhere"): "no such folder",
         ("dreambooth", tmp_path / "empty"): "holds no training run",
@@ -364,7 +387,10 @@ def test_wrong_input_is_one_line(runs, encoders, tmp_path, capsys):
         ("dreambooth", runs / "runs", f"--instance_data_dir={tmp_path / 'empty'}"): "holds no image",
         ("dreambooth", runs / "runs", "--batch_size=0"): "--batch_size",
         ("toyworld", runs / "runs" / "one"): "not an embedded subject",
+        ("toyworld", tmp_path / "empty"): "holds no training run",
         ("toyworld",): "required",
+        ("pictures", f"--generated={tmp_path / 'empty'}", f"--real={runs / 'photos'}", *rest): "--generated=",
+        ("pictures", f"--generated={runs / 'photos'}", f"--real={tmp_path / 'empty'}", *rest): "--real=",
     }
     for arguments, words in cases.items():
         assert command(*arguments) == 2, arguments

@@ -34,7 +34,10 @@ def make_rows() -> list[dict]:
     return rows
 
 
-FACTS = page.Facts("a command", "a date", "a machine", 6, 20, "LoRA r=11", {"subject_new": 1.0, "drift": -1.0}, SCORES)
+FACTS = page.Facts(
+    command="a command", date="a date", machine="a machine", planned=6, steps=20, baseline="LoRA r=11",
+    selection={"BOFT b=8 m=2": 1, "LoRA r=11": 1}, choose_by={"subject_new": 1.0, "drift": -1.0}, scores=SCORES,
+)  # fmt: skip
 
 
 def test_the_page_is_written_from_the_files_alone(tmp_path):
@@ -49,12 +52,12 @@ def test_the_page_is_written_from_the_files_alone(tmp_path):
     (folder / "training-grid.json").write_text(json.dumps(timed))
     assert run_command(summarize.main, [str(target)]) == 0
     text = target.read_text()
-    assert "6 of 6 reported runs are there" in text and "| LoRA r=11 | 7,000 | 0.1 | 3 | 3 |" in text
+    assert "6 of 6 reported runs and 2 of 2 runs that choose" in text and "| LoRA r=11 | 7,000 | 0.1 | 3 | 3 |" in text
     assert "3 subjects: better on drift (-0.500 ± 0.000); no difference shown on subject, subject_new" in text
     assert "BOFT b=8 m=2 against LoRA r=5**: not yet" in text
     assert "| LoRA r=11 | 3 | 3.000 | 30.000 | 48.000 | 54.000 |" in text, "steps to the score × seconds a step"
-    for name in re.findall(r"results/(scores|tradeoff|steps|strengths|times|selection).png", text):
-        assert (folder / f"{name}.png").stat().st_size > 0
+    plots = re.findall(r"]\(results/([\w-]+).png\)", text)
+    assert len(plots) == 6 and all((folder / f"{name}.png").stat().st_size > 0 for name in plots)
     blocks = r"(<!-- [\w-]+ -->\n).*?(<!-- end -->)"
     assert re.sub(blocks, "", text, flags=re.DOTALL) == re.sub(blocks, "", PAGE.read_text(), flags=re.DOTALL)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -160,11 +160,3 @@ def judge(pictures: Pictures, base: Pictures, judges: Judges, contexts: np.ndarr
         others=float(judges.accuracy(pictures.other, truth).mean()),
         drift=float(np.abs(pictures.other.astype(float) - base.other).mean() / 255),
     )
-
-
-def table(rows: dict[str, Scores]) -> str:
-    """Scores as a Markdown table, a row a model."""
-    names = list(asdict(next(iter(rows.values()))))
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(f"{asdict(s)[n]:.3f}" for n in names) + " |" for label, s in rows.items()]
-    return "\n".join(lines)

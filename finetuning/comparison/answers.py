@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ..score_table import Row, markdown
+from .page import Facts
 from .results import difference, ends, methods_of, over, with_intervals
 
 LESS_IS_BETTER = ("leak", "drift", "prior_attributes", "prior_features")
@@ -36,14 +37,14 @@ def differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], scores: S
 
 
 def curve_table(rows: Sequence[Row], column: str, scores: Sequence[str]) -> str:
-    """Means at every scored step or strength, of the methods that were scored at more than one."""
+    """Means at every scored step or strength, of the methods that were scored at more than one; "" = none was."""
     table = []
     for method in methods_of(rows):
         curve = over(rows, method, column)
         for row in curve[1:] if len(curve) > 2 else ():
             table.append({"method": method, column: f"{row[column]:g}", "subjects": f"{row['subjects']}"}
                          | {name: row[name] for name in scores})  # fmt: skip
-    return markdown(table) if table else "Not yet.\n"
+    return markdown(table) if table else ""
 
 
 def crossing(curve: Sequence[Row], x: str, y: str, level: float) -> float:
@@ -64,7 +65,7 @@ def cost_table(rows: Sequence[Row], column: str, levels: Sequence[float], costs:
             for cost in costs:
                 row |= {f"{cost} at {level:g}": crossing(curve, cost, "subject_new", level) for level in levels}
             table.append(row)
-    return markdown(table) if table else "Not yet.\n"
+    return markdown(table) if table else ""
 
 
 def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[float]) -> str:
@@ -76,12 +77,12 @@ def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[
             row: Row = {"method": method, "subjects": f"{curve[0]['subjects']}", "seconds a step": seconds[method]}
             row |= {f"s to {lv:g}": crossing(curve, "step", "subject_new", lv) * seconds[method] for lv in levels}
             table.append(row)
-    return markdown(table) if table else "Not yet.\n"
+    return markdown(table) if table else ""
 
 
-def progress(rows: Sequence[Row], planned: int) -> str:
+def progress(rows: Sequence[Row], facts: Facts) -> str:
     """How much of the grid is there."""
-    reported = ends(rows, "report")
-    whole = {name: len({r["individual"] for r in reported if r["method"] == name}) for name in methods_of(rows)}
-    subjects = ", ".join(f"{name} {count}" for name, count in whole.items())
-    return f"{len(reported)} of {planned} reported runs are there; subjects so far: {subjects or 'none'}.\n"
+    counts = {"reported runs": (len(ends(rows, "report")), facts.planned)}
+    if chosen := sum(facts.selection.values()):
+        counts["runs that choose a learning rate"] = (len(ends(rows, "selection")), chosen)
+    return " and ".join(f"{count} of {all_} {name}" for name, (count, all_) in counts.items()) + " are there.\n"

@@ -97,6 +97,11 @@ class Grid:
             for rate in method.learning_rates
         ]
 
+    def selection_runs(self) -> dict[str, int]:
+        """How many runs of the selection each method has."""
+        each = len(self.selection.subjects) * len(self.selection.seeds)
+        return {method.name: each * len(method.learning_rates) for method in self.methods}
+
     def report_pieces(self, rates: dict[str, float]) -> list[Piece]:
         """The chosen rates on the reported subjects; methods without a choice are left out."""
         return [

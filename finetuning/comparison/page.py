@@ -24,7 +24,8 @@ class Facts:
 
     Attributes:
         command: that made them; date, machine: when and where it was last run.
-        planned: reported runs of the whole grid; steps: of each run; baseline: method that differences are taken to.
+        planned: reported runs of the whole grid; selection: runs that choose the learning rate, by method.
+        steps: of each run; baseline: method that differences are taken to.
         choose_by: weights of the scores that chose the learning rates; scores: names, in order.
     """
 
@@ -32,6 +33,7 @@ class Facts:
     date: str
     machine: str
     planned: int
+    selection: dict[str, int]
     steps: int
     baseline: str
     choose_by: dict[str, float]
@@ -40,8 +42,17 @@ class Facts:
     @classmethod
     def of(cls, grid: Grid, scores: Sequence[str], command: str) -> Facts:
         planned = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
-        date = time.strftime("%Y-%m-%d")
-        return cls(command, date, machine(), planned, grid.last_step, grid.baseline, grid.choose_by, tuple(scores))
+        return cls(
+            command=command,
+            date=time.strftime("%Y-%m-%d"),
+            machine=machine(),
+            planned=planned,
+            selection=grid.selection_runs(),
+            steps=grid.last_step,
+            baseline=grid.baseline,
+            choose_by=grid.choose_by,
+            scores=tuple(scores),
+        )
 
 
 def machine() -> str:
@@ -93,7 +104,7 @@ def write_page(folder: Path, rows: Sequence[Row], facts: Facts, grid: Grid) -> s
         text += [markdown(with_intervals(differences)) if differences else "No other method has run yet.\n"]
         plots.scores(rows, folder / "scores.png")
         plots.tradeoff(rows, folder / "tradeoff.png")
-    if table := choose_table(rows, facts.choose_by, facts.scores):
+    if table := choose_table(rows, facts.choose_by, facts.scores, facts.selection):
         write_table(folder, "selection", table)
         subjects = ", ".join(grid.selection.subjects)
         text += [f"## Learning rates, chosen on {subjects} by the largest {criterion(facts.choose_by)}\n"]

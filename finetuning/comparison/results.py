@@ -76,31 +76,31 @@ def methods_of(rows: Iterable[Row]) -> list[str]:
 
 def choose_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> dict[str, float]:
     """{method: rate} of the methods whose rates have all been tried; the one rate in a grid without a selection."""
-    wanted = len(grid.selection.subjects) * len(grid.selection.seeds)
-    if not wanted:
+    if not grid.selection.subjects:
         return {method.name: method.learning_rates[0] for method in grid.methods}
-    rates = {}
-    for row in choose_table(rows, grid.choose_by, scores):
-        method = next(method for method in grid.methods if method.name == row["method"])
-        tried = where(rows, phase="selection", method=method.name)
-        if row.get("chosen") and len(tried) == wanted * len(method.learning_rates):
-            rates[method.name] = float(row["learning rate"])
-    return rates
+    table = choose_table(rows, grid.choose_by, scores, grid.selection_runs())
+    return {row["method"]: float(row["learning rate"]) for row in table if "chosen" in row}
 
 
-def choose_table(rows: Iterable[Row], choose_by: dict[str, float], scores: Sequence[str]) -> list[Row]:
-    """Means of the selection, a row a method and rate; "chosen" marks the best one so far of each method."""
+def choose_table(
+    rows: Iterable[Row], choose_by: dict[str, float], scores: Sequence[str], planned: dict[str, int]
+) -> list[Row]:
+    """Means of the selection, a row a method and rate, the best one of each method marked as "chosen".
+
+    planned: runs of the selection by method; nothing is chosen before all of them are there.
+    """
     selection, table = ends(rows, "selection"), []
     for method in methods_of(selection):
-        tried = []
-        for rate in sorted({row["learning_rate"] for row in where(selection, method=method)}):
-            own = where(selection, method=method, learning_rate=rate)
+        runs, tried = where(selection, method=method), []
+        for rate in sorted({row["learning_rate"] for row in runs}):
+            own = where(runs, learning_rate=rate)
             means = {s: mean_of(own, s) for s in scores}
             total = sum(weight * means[s] for s, weight in choose_by.items())
             tried.append({"method": method, "learning rate": f"{rate:g}", "runs": len(own), "total": total, **means})
-        best = max(tried, key=lambda row: row["total"])
-        is_edge = len(tried) > 1 and best in (tried[0], tried[-1])
-        best["chosen"] = "yes, at the edge of what was tried" if is_edge else "yes"
+        if len(runs) == planned[method]:
+            best = max(tried, key=lambda row: row["total"])
+            is_edge = len(tried) > 1 and best in (tried[0], tried[-1])
+            best["chosen"] = "yes, at the edge of what was tried" if is_edge else "yes"
         table += tried
     return table
 

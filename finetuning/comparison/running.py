@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,30 @@ import yaml
 from ..config import InputError, RunError
 from ..score_table import as_json, write
 from .grid import Grid, Piece, Task
+from .results import choose_rates, read_rows
 
 PATIENCE = 15  # seconds that an interrupted trainer has to end by itself
 Pieces = Callable[[], Sequence[Piece]]
+
+
+def run_grid(grid: Grid, task: Task, limit: int | None, say: Callable[[str], None]) -> bool:
+    """Run at most `limit` runs that are missing, None = all; False = stopped by a signal, its trainer with it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        run_missing(lambda: pieces_of(grid, task), grid, task, sys.maxsize if limit is None else limit, say)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return False
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return True
+
+
+def pieces_of(grid: Grid, task: Task) -> list[Piece]:
+    """The selection, and what is to be reported of the methods whose learning rate is chosen by now."""
+    selection = grid.selection_pieces()
+    rates = choose_rates(grid, read_rows(selection, grid, task.scores), task.scores)
+    return [*selection, *grid.report_pieces(rates)]
 
 
 def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callable[[str], None]) -> int:
@@ -74,10 +96,12 @@ def lock(file: Path) -> Iterator[int | None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield descriptor
-    except BlockingIOError:
-        yield None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
     finally:
         os.close(descriptor)
 
