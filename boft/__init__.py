@@ -16,7 +16,9 @@ from peft.utils import PeftType
 
 from boft.combination import add_weighted_adapter, set_strength
 from boft.config import BOFTConfig
-from boft.layer import BOFTLayer, Conv2d, Linear
+from boft.convolution import Conv2d
+from boft.layer import BOFTLayer
+from boft.linear import Linear
 from boft.model import BOFTModel
 
 __all__ = [

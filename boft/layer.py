@@ -1,8 +1,8 @@
-"""The layers that replace a model's own: `Linear` (also quantized ones and transformers' `Conv1D`) and `Conv2d`.
+"""What the layers that replace a model's own share: parameters, strength, dropout, and merging.
 
 A layer holds the parameters of its adapters and decides how to reach the output: through the base layer (disabled,
-merged, or nothing to apply), through a cached rotated weight (nothing trains), or through the differentiable product
-of `boft.functional`. The mathematics is in `boft.rotation`.
+merged, or nothing to apply), or in the `adapted` of `boft.linear` and `boft.convolution`: through a cached rotated
+weight where nothing trains, else through a differentiable product of `boft.functional`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from boft.functional import (
-    linear_reference,
-    output_size,
-    rotated_convolution,
-    rotated_linear,
-    rotated_weight,
-    scale_output,
-)
 from boft.memory import RotatedWeight, Solved
-from boft.rotation import apply_blocks, rotate_weight
+from boft.rotation import rotate_weight
 from boft.shape import resolve
 from boft.super_blocks import super_blocks
 
@@ -249,6 +240,18 @@ class BOFTLayer(BaseTunerLayer):
                 self.rotated_weight.keep(self, adapters, weight)
         return weight
 
+    # The call
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The base layer's output with its weight rotated and scaled, in the dtype of x."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self.applied_adapters()
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs).to(x.dtype)
+        self.solved.check_grad_mode()
+        return self.adapted(x, adapters).to(x.dtype)
+
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -324,165 +327,6 @@ class BOFTLayer(BaseTunerLayer):
         return "boft." + nn.Module.__repr__(self)
 
 
-class Linear(nn.Module, BOFTLayer):
-    """BOFT on a linear layer: nn.Linear, transformers' `Conv1D`, or a quantized linear."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
-        nn.Module.__init__(self)
-        self.fan_in_fan_out = config.fan_in_fan_out
-        self.in_features, self.out_features = linear_features(base_layer)
-        BOFTLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
-
-    @staticmethod
-    def rotated_features(base_layer: nn.Module) -> int:
-        """d, the input features."""
-        return linear_features(base_layer)[0]
-
-    def scale_shape(self) -> tuple[int, int]:
-        return (self.out_features, 1)
-
-    def _as_rows(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _from_rows(self, weight: Tensor) -> Tensor:
-        return weight.t().contiguous() if self.fan_in_fan_out else weight
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """(..., d) -> (..., o), in the dtype of x."""
-        self.solved.check_grad_mode()
-        product, dtype = self.solved.product(), compute_dtype(x)
-        if product is not None and product[0].dtype == dtype:  # what the rest would come to, looked up by the hook
-            blocks, W, s, bias = product
-            bias = None if bias is None else bias.to(dtype)
-            return rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias).to(x.dtype)
-
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        adapters = self.applied_adapters()
-        if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(x, *args, **kwargs).to(x.dtype)
-
-        trains = self.trains(adapters)
-        if trains:
-            self.rotated_weight.forget()
-        if not self._base_is_plain():
-            y = self._through_base_layer(x, adapters)
-        elif trains or torch.compiler.is_compiling():
-            y = self._differentiable(x, adapters)
-        else:
-            y = self._linear(x, self.frozen_weight(adapters))
-        return y.to(x.dtype)
-
-    def _differentiable(self, x: Tensor, adapters: list[str]) -> Tensor:
-        base = self.get_base_layer()
-        dtype = compute_dtype(x)
-        x, W = x.to(dtype), self._as_rows(base.weight).to(dtype)
-        bias = None if base.bias is None else base.bias.to(dtype)
-        for name in reversed(adapters[1:]):  # y = x B(a2) B(a1): the last one first
-            x = apply_blocks(x, self.super_blocks(name).to(dtype))
-        blocks, s = self.super_blocks(adapters[0]).to(dtype), self.scales(adapters)
-        if W.requires_grad or torch.compiler.is_compiling():
-            return linear_reference(x, blocks, W, s, bias)
-        return rotated_linear(x, blocks, W, s, bias)
-
-    def prepare_product(self, adapter: str, blocks: Tensor) -> None:
-        base = self.get_base_layer()
-        if self._base_is_plain() and not base.weight.requires_grad:
-            self.solved.put_product(blocks, self._as_rows(base.weight), self.scales([adapter]), base.bias)
-
-    def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
-        """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""
-        z = x.to(compute_dtype(x))
-        for name in reversed(adapters):
-            z = apply_blocks(z, self.super_blocks(name).to(z.dtype))
-        u = self.base_layer(z)
-        bias = self.get_base_layer().bias
-        return scale_output(u, self.scales(adapters), None if bias is None else bias.to(u.dtype))
-
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        bias = self.get_base_layer().bias
-        if self.fan_in_fan_out:  # as transformers' Conv1D does it
-            return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
-        return F.linear(x, weight, bias)
-
-    def _base_is_plain(self) -> bool:
-        """Whether the base layer is no more than a product with its weight."""
-        base = self.base_layer
-        return (
-            self.quantization_backend is None
-            and (type(base).forward is nn.Linear.forward or is_conv1d(base))
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
-        )
-
-
-class Conv2d(nn.Module, BOFTLayer):
-    """BOFT on a convolution with any kernel, stride, padding, padding mode, dilation and groups.
-
-    The rotated axis is the flattened filter, f = (c · kh + ky) · kw + kx with c counting the channels of one group,
-    so that d = in_channels / groups · kh · kw, and the filters of all groups share the rotation.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
-        BOFTLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
-
-    @staticmethod
-    def rotated_features(base_layer: nn.Module) -> int:
-        """d, the size of a flattened filter."""
-        kh, kw = base_layer.kernel_size
-        return base_layer.in_channels // base_layer.groups * kh * kw
-
-    def scale_shape(self) -> tuple[int, int]:
-        return (1, self.out_features)
-
-    def _as_rows(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    def _from_rows(self, weight: Tensor) -> Tensor:
-        return weight.view(self.get_base_layer().weight.shape)
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """(N, C, H, W) or (C, H, W) -> the same with the convolution's output size, in the dtype of x."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        adapters = self.applied_adapters()
-        if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(x, *args, **kwargs).to(x.dtype)
-
-        self.solved.check_grad_mode()
-        base = self.get_base_layer()
-        if not (self.trains(adapters) or torch.compiler.is_compiling()):
-            return base._conv_forward(x, self.frozen_weight(adapters), base.bias).to(x.dtype)
-        self.rotated_weight.forget()
-        if self._prefers_patches(x, adapters):
-            return self._through_patches(x, adapters[0]).to(x.dtype)
-        return base._conv_forward(x, self._differentiable_weight(adapters), base.bias).to(x.dtype)
-
-    def _prefers_patches(self, x: Tensor, adapters: Sequence[str]) -> bool:
-        """Whether the output has so few positions that its patches are smaller than the filters."""
-        base = self.get_base_layer()
-        if len(adapters) > 1 or base.groups > 1 or x.ndim < 4 or base.weight.requires_grad:
-            return False
-        height, width = output_size(x, base)
-        return not torch.compiler.is_compiling() and x.shape[0] * height * width <= self.out_features
-
-    def _through_patches(self, x: Tensor, adapter: str) -> Tensor:
-        base, dtype = self.get_base_layer(), compute_dtype(x)
-        W, s = self._as_rows(base.weight).to(dtype), self.scales([adapter])
-        bias = None if base.bias is None else base.bias.to(dtype)
-        return rotated_convolution(x.to(dtype), self.super_blocks(adapter).to(dtype), W, s, bias, base)
-
-    def _differentiable_weight(self, adapters: list[str]) -> Tensor:
-        base = self.get_base_layer()
-        W, s = self._as_rows(base.weight), self.scales(adapters)
-        if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
-            return self._from_rows(rotated_weight(self.super_blocks(adapters[0]).to(W.dtype), W, s))
-        for name in adapters:
-            W = rotate_weight(W, self.super_blocks(name).to(W.dtype))
-        return self._from_rows((W * s[:, None]).to(W.dtype))
-
-
 # Multiplicative dropout (BOFT, Section 4).
 def draw_kept_blocks(R: Tensor, p: float) -> Tensor:
     """Which blocks of the factors R (m, D, b, b) stay, bool (m, D, 1, 1); others become the identity, which is the
@@ -500,20 +344,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer multiplies: autocast's where it is enabled, else that of the input."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' `Conv1D`, a linear layer that stores its weight as (in, out)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(layer, Conv1D)
-
-
-def linear_features(layer: nn.Module) -> tuple[int, int]:
-    """Input and output features of a linear layer of any kind."""
-    if is_conv1d(layer):
-        return tuple(layer.weight.shape)
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        if hasattr(layer, names[0]):
-            return tuple(getattr(layer, name) for name in names)
-    raise TypeError(f"{type(layer).__name__} has no in_features")

@@ -14,7 +14,9 @@ from peft.utils import (
 from torch import nn
 
 from boft.combination import add_weighted_adapter
-from boft.layer import BOFTLayer, Conv2d, Linear, is_conv1d
+from boft.convolution import Conv2d
+from boft.layer import BOFTLayer
+from boft.linear import Linear, is_conv1d
 from boft.shape import resolve
 from boft.solver import RotationSolver
 

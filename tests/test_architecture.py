@@ -16,7 +16,7 @@ FORBIDDEN = {
 }
 ALLOWED = {
     ("finetuning/adapter.py", "boft"),
-    ("boft/layer.py", "transformers"),  # whose Conv1D it adapts
+    ("boft/linear.py", "transformers"),  # whose Conv1D it adapts
 }
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 
