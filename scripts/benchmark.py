@@ -350,6 +350,7 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
     bars = axes.barh(list(shown), list(shown.values()), color=colors)
     axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.margins(x=0.1)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("training step, relative to LoRA r=16")
