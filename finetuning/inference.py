@@ -141,7 +141,7 @@ def load_adapter(
     if check_base:
         check_same_base(pipeline.name_or_path, its_base, folder)
     state = _state(pipeline)
-    name = _new_name(name, folder, state)
+    name = _new_name(name, Path(path), state)
     for part, source in found.items():
         kind = kind_of(source)
         if (holder := state.holders.get(part)) and holder.peft_type != kind:

@@ -14,17 +14,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
 
 import pytest
+import torch
 import yaml
 from conftest import draw_photo
 from control_training import control_flags, control_folder, run_control
 from huggingface_hub import constants
-from test_inference import MAKERS, write_run
+from test_inference import MAKERS, answer, write_run
 from training import flags
 from training import run as train
 
 from finetuning.config import run_command
 from finetuning.control_card import control_card
 from finetuning.hub import open_repository, permission_fault, shared_files
+from finetuning.inference import load_adapter, load_base, load_run
 from finetuning.model_card import licence_of, model_card, shared_card
 from scripts import push
 
@@ -154,6 +156,21 @@ def test_a_result_goes_up_with_its_card_and_nothing_else(hub, run, capsys):
     assert script("--run", run, "--hub_token", TOKEN, "--hub_model_id", "lab/mug-2") == 0
     card = hub.files["README.md"].decode()
     assert 'run = "lab/mug-2"' in card and "0.500" in card and "0.250" not in card and card.count("## Scores") == 1
+
+
+def test_what_was_uploaded_is_loaded_by_its_name(hub, run, toy_base, tmp_path, monkeypatch):
+    assert script("--run", run, "--hub_token", TOKEN) == 0
+    cache, commit = tmp_path / "cache" / "models--me--mug", "0" * 40  # as the library leaves it after a download
+    for name, content in {f"snapshots/{commit}/{n}": c for n, c in hub.files.items()}.items():
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(content)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    pipeline = load_base(str(toy_base))
+    assert load_adapter(pipeline, "me/mug") == "mug"
+    assert torch.equal(answer(pipeline), answer(load_run(run)))
 
 
 def test_training_uploads_at_its_end_and_keeps_the_token_to_itself(
