@@ -159,6 +159,7 @@ class ControlNet:
         self.base = build_base(config.model, config.objective, self.run)
         self.config = config = config.with_values(
             resolution=self.base.check_resolution(config.data.resolution),
+            dataset_name=config.data.dataset_place,
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
         )
         data, validation, channels = config.data, config.validation, config.control.conditioning_channels

@@ -6,6 +6,7 @@ Names and meanings are those of diffusers' scripts where it has them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,9 +61,7 @@ class ControlDataSettings(DataSettings):
     """Images and controls"""
 
     dataset_name: str | None = setting(
-        None,
-        "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end.",
-        folder="perhaps",
+        None, "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end."
     )
     dataset_config_name: str | None = setting(None, "Configuration of the data set. None = its only one.")
     train_data_dir: str | None = setting(
@@ -118,6 +117,12 @@ class ControlDataSettings(DataSettings):
     @property
     def is_toyworld(self) -> bool:
         return self.dataset_name == TOYWORLD
+
+    @property
+    def dataset_place(self) -> str | None:
+        """--dataset_name, which is the same from every working directory."""
+        is_local = self.dataset_name is not None and not self.is_toyworld and os.path.isdir(self.dataset_name)
+        return os.path.abspath(self.dataset_name) if is_local else self.dataset_name
 
     @property
     def control_kind(self) -> str | None:

@@ -164,6 +164,16 @@ def test_the_kind_of_control_follows_from_the_flags():
         kind("--use_boft", "--controlnet_model_name_or_path=x")
 
 
+def test_the_toy_world_is_no_folder(tmp_path, monkeypatch):
+    """Although there is one of that name where the trainer lies."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    config = read_config(ControlNetConfig, ["--dataset_name=toyworld", "--max_train_steps=1"])
+    config.with_values(dataset_name=config.data.dataset_place).save(tmp_path / "config.yaml")
+    assert read_config(ControlNetConfig, [f"--config={tmp_path / 'config.yaml'}"]).data.is_toyworld
+    local = read_config(ControlNetConfig, ["--dataset_name=data", "--max_train_steps=1"])
+    assert Path(local.data.dataset_place).is_absolute()
+
+
 def test_scores_of_a_run(finished, tmp_path, capsys):
     """Controlled pictures, pictures without control, real ones; what is there is not drawn again."""
     run = Path(shutil.copytree(finished / "output", tmp_path / "run"))
