@@ -62,7 +62,8 @@ def test_any_mode_is_read_as_the_colours_it_shows(mode, tmp_path):
         image = grey.convert(mode)
     else:
         image = grey.convert("RGB").convert(mode)
-    path = tmp_path / ("x.tif" if mode in ("CMYK", "F", "YCbCr", "I") else "x.png")
+    endings = {"CMYK": "tif", "F": "tif", "I": "tif", "YCbCr": "jpg"}
+    path = tmp_path / f"x.{endings.get(mode, 'png')}"
     image.save(path)
     opened = open_image(path)
     assert opened.mode == "RGB"

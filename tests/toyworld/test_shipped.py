@@ -98,7 +98,8 @@ def test_subjects_are_renders_and_strangers_to_the_base():
     trained = {renders.scene("train", index).individual for index in range(0, renders.SIZES["train"])}
     for name, individual in subjects.SUBJECTS.items():
         photos = [np.asarray(Image.open(SHIPPED / "subjects" / name / f"{k}.png")) for k in range(5)]
-        assert (np.stack(photos) == subjects.photos(name)).all()
+        difference = np.abs(np.stack(photos).astype(int) - subjects.photos(name))
+        assert difference.max() <= 3 and (difference > 0).mean() < 0.01  # versions of Pillow round differently
         card = json.loads((SHIPPED / "subjects" / name / "subject.json").read_text())
         assert card["class_word"] == individual.category
         assert individual not in trained
