@@ -1,6 +1,8 @@
 """The page to try adapters: in a browser, a prompt is typed, a button pressed, two pictures come.
 
-RUNS=data/output SCREENSHOT=docs/app.webp python -m pytest tests/test_app.py -k two_pictures    # the README's picture
+The README's picture:
+
+RUNS=data/output SCREENSHOT=docs/app.webp PROMPT="a photo of qwe robot on the beach" python -m pytest -k two_pictures
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def test_a_prompt_becomes_two_pictures(page, runs, browser, tmp_path):
     browser.press("#prompt textarea", SELECT_ALL + DELETE)
     browser.click("#draw")
     assert "the prompt is empty" in browser.wait("return document.querySelector('.toast-body')?.textContent")
-    browser.press("#prompt textarea", "a photo of qwe mug in the snow")
+    browser.click(".toast-close")
+    browser.press("#prompt textarea", os.environ.get("PROMPT", "a photo of qwe mug in the snow"))
     browser.click("#draw")
     browser.wait(f"const widths = (() => {{ {WIDTHS} }})(); return Math.min(...widths) >= 500 && widths")
     base, tuned = browser.run(PIXELS)
