@@ -16,7 +16,7 @@ from torch import Tensor
 from boft.rotation import NEWTON_ABOVE, compose, factors
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
-SMALLEST_BATCH = 8  # fewer groups do not fill a vector register
+SMALLEST_BATCH = 64  # fewer groups are less work than calling an operation for each step
 CHUNK_BYTES = 1 << 20  # of one copy of R: what fits a core's own cache
 
 
