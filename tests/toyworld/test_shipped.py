@@ -21,6 +21,7 @@ from toyworld.measure import (
     prompt_grid,
 )
 from toyworld.scores import Judges
+from toyworld.segmentation import SegmentationJudge, mean_iou
 
 SHIPPED = Path(__file__).parents[2] / "data" / "toyworld"
 COUNT = 400
@@ -69,6 +70,11 @@ def test_the_judge_reads_renders_sharp_and_blurred(judge, renders_and_truth):
     images, truth = renders_and_truth
     assert min(accuracy(judge, images, truth).values()) >= 0.97
     assert min(accuracy(judge, blurred(images), truth).values()) >= 0.95
+
+
+def test_the_judge_finds_the_object():
+    judge = SegmentationJudge.load(SHIPPED / "judge" / "segmentation")
+    assert mean_iou(judge, count=60) > 0.94 and mean_iou(judge, count=60, blur=1.0) > 0.9
 
 
 def test_the_judge_tells_individuals_apart():
