@@ -263,7 +263,7 @@ def plot_course(metrics: Sequence[Mapping[str, float]], names: Iterable[str], pa
         axes.plot(*zip(*points), marker="o", markersize=3, label=name.replace("_", " "))
     axes.set(xlabel="optimizer steps", ylabel="agreement with the control", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import assert_same, metrics, optimizer_of
 
+from finetuning.comparison.grid import read_grid
 from finetuning.config import InputError, read_config, run_command
 from finetuning.control import make_full
 from finetuning.control_inference import load_control_run
@@ -28,7 +29,7 @@ from finetuning.control_settings import ControlNetConfig
 from finetuning.generation import read_parameters
 from finetuning.run import Run
 from finetuning.stable_diffusion import load_stable_diffusion
-from scripts import evaluate, generate
+from scripts import compare_controls, evaluate, generate
 
 SMALL = ("--checkpointing_steps=2", "--validation_steps=4", "--random_flip", "--proportion_empty_prompts=0.3",
          "--control_learning_rate=1e-3", "--boft_dropout=0.3", "--lr_scheduler=linear")  # fmt: skip
@@ -194,3 +195,9 @@ def test_scores_of_a_run(finished, tmp_path, capsys):
     assert controlled.tobytes() != Image.open(folder / "without_control" / "000-0.png").tobytes(), "BOFT remains"
     with pytest.raises(InputError, match="held out 1"):
         evaluate.main(["controlnet", str(run), "--images=2"])
+
+
+def test_the_grid_of_controls_is_one_that_the_trainer_takes():
+    path = Path(compare_controls.__file__).with_suffix(".yaml")
+    grid = read_grid(path, compare_controls.ToyControls())
+    assert len(grid.methods) == 6 and grid.report.seeds == (0, 1, 2)

@@ -53,7 +53,7 @@ class SegmentationJudge(Network):
     @torch.no_grad()
     def labels(self, image: Image.Image) -> np.ndarray:
         """1 where the object is, 0 elsewhere, (64, 64)."""
-        return (self(pixels(np.asarray(image.convert("RGB"))[None]))[0] > 0).long().numpy()
+        return (self(pixels(np.array(image.convert("RGB"))[None]))[0] > 0).long().numpy()
 
 
 def load_segmentation() -> Callable[[Image.Image], np.ndarray] | None:
