@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peft.tuners.boft.config import BOFTConfig as PeftBOFTConfig
+from torch import nn
 
 BIAS_VALUES = ("none", "all", "boft_only")
 
@@ -75,3 +76,15 @@ class BOFTConfig(PeftBOFTConfig):
     def to_dict(self) -> dict:
         """What is written to `adapter_config.json`: peft's fields only."""
         return {key: value for key, value in super().to_dict().items() if key not in OWN_FIELDS}
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for a name that torch cannot register parameters and modules by."""
+    containers = nn.ParameterDict(), nn.ModuleDict()
+    if not isinstance(name, str) or not name or "." in name:
+        reason = "it must be a text without dots, because it becomes a part of the parameters' names"
+    elif any(hasattr(container, name) for container in containers):
+        reason = "torch's dictionaries of parameters and modules have an attribute of this name"
+    else:
+        return
+    raise ValueError(f"adapter name {name!r}: {reason}; choose another one")

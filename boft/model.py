@@ -14,6 +14,7 @@ from peft.utils import (
 from torch import nn
 
 from boft.combination import add_weighted_adapter
+from boft.config import check_adapter_name
 from boft.convolution import Conv2d
 from boft.layer import BOFTLayer
 from boft.linear import Linear, is_conv1d
@@ -38,10 +39,15 @@ class BOFTModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
-        """As in peft, but all targets are checked before the first one is replaced."""
-        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
-        if state_dict is None:
-            self._check_targets(model, _maybe_include_all_linear_layers(config, model))
+        """As in peft, but name and targets are checked before the first layer is replaced."""
+        try:
+            check_adapter_name(adapter_name)
+            config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+            if state_dict is None:
+                self._check_targets(model, _maybe_include_all_linear_layers(config, model))
+        except (TypeError, ValueError):
+            self.peft_config.pop(adapter_name)  # which peft has entered before, perhaps on the model itself
+            raise
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         RotationSolver.attach(model)
 

@@ -2,7 +2,7 @@
 
 import pytest
 from dense import net
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from boft import BOFTConfig
@@ -59,3 +59,29 @@ def test_suggested_values_fit(d):
                 for number in numbers.split(" or "):
                     assert fits(d, int(number), m) if name == "b" else fits(d, b, int(number)), proposal
                 assert fixed in (f"m={m}", f"b={b}")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("half", "attribute of this name"), ("keys", "attribute"), ("training", "attribute"), ("v1.5", "without dots"),
+     ("", "without dots")],
+)  # fmt: skip
+def test_adapter_names_that_torch_cannot_hold(name, reason, tmp_path):
+    """From every entry, and nothing is left behind."""
+    config = BOFTConfig(boft_block_size=4, target_modules=["first"])
+    model, bare, injected = get_peft_model(net(), config), net(), net()
+    model.save_pretrained(tmp_path)
+    inject_adapter_in_model(config, injected)
+    for add in (
+        lambda: get_peft_model(bare, config, adapter_name=name),
+        lambda: PeftModel.from_pretrained(bare, tmp_path, adapter_name=name),
+        lambda: inject_adapter_in_model(config, injected, name),
+        lambda: model.add_adapter(name, config),
+        lambda: model.load_adapter(tmp_path, name),
+        lambda: model.base_model.add_weighted_adapter(["default"], [1.0], name),
+    ):
+        with pytest.raises(ValueError, match=f"adapter name {name!r}: .*{reason}.*choose another"):
+            add()
+    assert type(bare.first) is nn.Linear
+    assert list(model.peft_config) == list(injected.peft_config) == ["default"]
+    assert list(model.base_model.model.first.boft_R) == ["default"]
