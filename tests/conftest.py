@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits depend on the number of threads, and small models like one
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# Of test processes: forked, without importing everything anew, except where a fork would not do: it cannot use a GPU
+# that its parent has used, nor the frameworks of macOS.
+START_METHOD = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
 
 WORDS = "a photo of qwe mug in the snow on beach red dog cat toy".split()  # noqa: SIM905
 

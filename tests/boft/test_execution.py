@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import START_METHOD
 from dense import net, randomize
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -256,18 +257,49 @@ def test_compiled_model_has_the_values_and_gradients(dropout):
         torch.testing.assert_close(compiled(X), y)
 
 
-def test_distributed_data_parallel(tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("torch was built without torch.distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = adapted()
-        true = gradients(model, model(X).square().sum())
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            assert_same(gradients(model, parallel(X).square().sum()), true)
-    finally:
-        torch.distributed.destroy_process_group()
+def train(model, losses):
+    """Gradients of two steps and what they made of the weights; losses(model, step) are added up."""
+    found, optimizer = {}, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        for loss in losses(model, step):
+            loss.backward()
+        optimizer.step()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                found[f"{step} {name.removeprefix('module.')}"] = torch.stack([p.grad, p.detach()])
+    return found
+
+
+def half_loss(model, rank, step):
+    """Of this rank's half of X, with dropout of its own."""
+    torch.manual_seed(10 * step + rank)
+    return model(X[3 * rank : 3 * rank + 3]).square().mean()
+
+
+def train_a_half(rank, folder):
+    """One of two processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for dropout in (0.0, 0.4):
+        parallel = nn.parallel.DistributedDataParallel(adapted(b=2, m=2, boft_dropout=dropout).train())
+        found = train(parallel, lambda model, step: [half_loss(model, rank, step)])
+        torch.save(found, f"{folder}/{dropout}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_train_what_one_does(tmp_path):
+    """To the bit alike on both ranks; as one process on the whole batch, or with dropout half after half."""
+    torch.multiprocessing.start_processes(train_a_half, (str(tmp_path),), nprocs=2, start_method=START_METHOD)
+    for dropout in (0.0, 0.4):
+        left, right = (torch.load(tmp_path / f"{dropout}-{rank}.pt") for rank in (0, 1))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+        alone = adapted(b=2, m=2, boft_dropout=dropout).train()
+        assert_same(left, train(alone, lambda model, step: [half_loss(model, rank, step) / 2 for rank in (0, 1)]))
+        if not dropout:
+            whole = train(adapted(b=2, m=2).train(), lambda model, step: [model(X).square().mean()])
+            assert_same(left, whole)
 
 
 def test_a_layer_used_twice_gets_both_gradients():
