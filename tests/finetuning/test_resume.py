@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
-from training import assert_same, flags, metrics, optimizer_of, prior_flags, run, weights
+from training import assert_same, flags, metrics, optimizer_of, prior_flags, run, run_in_two, weights
 
 from finetuning.checkpoint import load_state
 from finetuning.state import tensors_in
@@ -23,6 +24,9 @@ VARIANTS = {
         "--mixed_precision=bf16", *ACCUMULATION, "--train_text_encoder", "--use_ema",
     ],
     "dropout, crops, flips": [PRIOR, "--boft_dropout=0.5", "--random_flip", "--no_cache_latents"],
+    "two processes, bf16, accumulation, text encoder, no prior": [
+        run_in_two, "--mixed_precision=bf16", *ACCUMULATION, "--train_text_encoder", "--boft_dropout=0.2",
+    ],
     "a schedule": [PRIOR, "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--boft_scale_learning_rate=1e-3"],
 }  # fmt: skip
 
@@ -43,12 +47,15 @@ def test_8_bit_adam_resumes_to_the_same_bits(toy_base, photos, tmp_path):
 @pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
 def test_resumed_run_equals_the_run_left_alone(more, toy_base, photos, tmp_path):
     prior = prior_flags(tmp_path / "class") if PRIOR in more else []
-    arguments = [*prior, *more, "--checkpointing_steps=2"]
+    train = run_in_two if run_in_two in more else run
+    arguments = [*prior, *(flag for flag in more if flag is not run_in_two), "--checkpointing_steps=2"]
     alone, resumed = tmp_path / "alone", tmp_path / "resumed"
-    assert run(*flags(toy_base, photos, alone, *arguments)) == 0
+    assert train(*flags(toy_base, photos, alone, *arguments)) == 0
+    processes = json.loads((alone / "environment.json").read_text())["processes"]
+    assert processes == ("2" if train is run_in_two else "1")
     resumed.mkdir()
     shutil.copytree(alone / "checkpoint-2", resumed / "checkpoint-2")
-    assert run(*flags(toy_base, photos, resumed, *arguments, "--resume_from_checkpoint=latest")) == 0
+    assert train(*flags(toy_base, photos, resumed, *arguments, "--resume_from_checkpoint=latest")) == 0
     assert_same(weights(alone), weights(resumed))
     assert_same(optimizer_of(alone / "checkpoint-4"), optimizer_of(resumed / "checkpoint-4"))
     schedules = [load_state(folder / "checkpoint-4")["schedule"] for folder in (alone, resumed)]

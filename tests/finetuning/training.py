@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import START_METHOD
 from safetensors.torch import load_file
 
 import train_dreambooth
@@ -48,6 +51,24 @@ def run(*arguments: object) -> int:
     GradientState._reset_state()
     PartialState._reset_state()
     return run_command(train_dreambooth.main, [str(a) for a in arguments])
+
+
+def run_in_two(*arguments: object) -> int:
+    """As `run`, in two processes, with the environment that a launcher gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_one_of_two, (port, arguments), nprocs=2, start_method=START_METHOD)
+    return 0
+
+
+def _one_of_two(rank: int, port: int, arguments: Sequence[object]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert run(*arguments) == 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
