@@ -54,25 +54,40 @@ RUN_NAME="${RUN_NAME:-$NAME}"
 REPORT_TO="${REPORT_TO:-$([[ -n "$IDX" ]] && echo wandb || echo tensorboard)}" # wandb: offline where there is no key
 
 if [[ "$MODEL_NAME" -ef "$EMBEDDED/base" ]]; then
-  # 64 pixels on a CPU. Blocks of 8 in 2 butterfly factors on attention, feed-forward and convolutions: details are drawn
-  # where this UNet has no attention. The scale learns at a tenth of the rotations' rate: at theirs, prompts lose control.
+  # 64 pixels on a CPU, minutes. docs/results.md compares block sizes, depths, layers and rates of the scale, and says
+  # where others are better; b=8 and m=2 are the setting that the others are compared with, no proven optimum.
   SETTINGS=(
-    --train_batch_size=6 --max_train_steps="${STEPS:-200}"
-    --boft_block_size="${BLOCK_SIZE:-8}" --boft_n_butterfly_factor="${FACTORS:-2}"
-    --boft_target_modules all --boft_scale_learning_rate="${SCALE_RATE:-4e-4}"
-    --learning_rate="${LEARNING_RATE:-4e-3}" --lr_scheduler=polynomial --lr_warmup_steps=20
-    --adam_weight_decay=0 --num_class_images="${NUM_CLASS_IMAGES:-64}" --sample_batch_size=16
-    --guidance_scale=3 --num_inference_steps=25 --validation_steps=100 --checkpointing_steps=100 --center_crop
+    --train_batch_size=6                                # 6 photos and as many class images a step
+    --max_train_steps="${STEPS:-200}"                   # minutes on a laptop
+    --boft_block_size="${BLOCK_SIZE:-8}"                # b: fits all widths of this UNet
+    --boft_n_butterfly_factor="${FACTORS:-2}"           # m: a real butterfly, 16 features are mixed by one rotation
+    --boft_target_modules all                           # convolutions too: details arise where no attention is
+    --learning_rate="${LEARNING_RATE:-4e-3}"            # of the rotations, chosen on two subjects that are not reported
+    --boft_scale_learning_rate="${SCALE_RATE:-4e-4}"    # a tenth: at the rotations' rate, prompts lose control
+    --lr_scheduler=polynomial --lr_warmup_steps=20      # up in a tenth of the run, then down to 0 along a line
+    --adam_weight_decay=0                               # it would pull the rotation back to the base
+    --num_class_images="${NUM_CLASS_IMAGES:-64}"        # the prior; made once and kept
+    --sample_batch_size=16                              # pictures at a time
+    --guidance_scale=3 --num_inference_steps=25         # as in data/README.md
+    --validation_steps=100 --checkpointing_steps=100    # twice in the run
+    --center_crop                                       # so that latents of oblong photos, too, are encoded once
   )
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')}"
 else
-  # The papers' recipe (512 pixels, a GPU), with a real butterfly: 8 blocks a layer, 2 factors.
+  # The papers' recipe (512 pixels, a GPU), but with a real butterfly.
   SETTINGS=(
-    --resolution="${RESOLUTION:-512}" --train_batch_size=1 --num_dataloader_workers=2 --max_train_steps="${STEPS:-1010}"
-    --boft_block_num="${BLOCK_NUM:-8}" --boft_block_size=0 --boft_n_butterfly_factor="${FACTORS:-2}"
-    --boft_dropout=0.1 --boft_bias=boft_only
-    --learning_rate="${LEARNING_RATE:-3e-5}" --lr_scheduler=constant --lr_warmup_steps=0
-    --num_class_images="${NUM_CLASS_IMAGES:-200}" --validation_steps=200 --checkpointing_steps=200
+    --resolution="${RESOLUTION:-512}"                   # of Stable Diffusion 1.x
+    --train_batch_size=1                                # a photo and a class image a step
+    --num_dataloader_workers=2                          # they read crops ahead
+    --max_train_steps="${STEPS:-1010}"                  # the recipe's, about 200 for each photo
+    --boft_block_num="${BLOCK_NUM:-8}"                  # 8 blocks a layer, whatever its width
+    --boft_block_size=0                                 # follows from their number
+    --boft_n_butterfly_factor="${FACTORS:-2}"           # m: 1 is the recipe's own, a block-diagonal rotation
+    --boft_dropout=0.1 --boft_bias=boft_only            # a tenth of the blocks rest; biases of adapted layers learn
+    --learning_rate="${LEARNING_RATE:-3e-5}"            # the recipe's
+    --lr_scheduler=constant --lr_warmup_steps=0
+    --num_class_images="${NUM_CLASS_IMAGES:-200}"       # the recipe's
+    --validation_steps=200 --checkpointing_steps=200
   )
   if "$PYTHON" -c 'import torch, xformers; assert torch.cuda.is_available()' 2> /dev/null; then
     SETTINGS+=(--enable_xformers_memory_efficient_attention)
