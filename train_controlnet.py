@@ -46,6 +46,7 @@ from finetuning.report import read_metrics
 from finetuning.run import DTYPES, METRICS
 from finetuning.sampling import evaluating
 from finetuning.state import TrainingState
+from finetuning.text_file import write
 from toyworld.controls import Controls
 from toyworld.segmentation import load_segmentation
 
@@ -334,7 +335,7 @@ class ControlNet:
             },
             picture=path.name,
         )
-        (self.output / "README.md").write_text(card, encoding="utf-8")
+        write(self.output / "README.md", card)
         if self.hub:
             self.run.say(f"uploaded: {self.hub.upload(self.output)}")
 

@@ -52,6 +52,7 @@ from finetuning.sampling import evaluating
 from finetuning.stable_diffusion import load_stable_diffusion
 from finetuning.state import TrainingState
 from finetuning.teacher import Teacher
+from finetuning.text_file import write
 
 HELD_OUT = 8  # samples of photos, and of class images, in the held-out loss
 
@@ -170,6 +171,7 @@ class DreamBooth:
             resolution=self.base.check_resolution(config.data.resolution),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
+            base_prompt=read_prompts(config.validation.base_prompt, "--base_prompt"),
         )
         data, prior, subject, validation = config.data, config.prior, config.subject, config.validation
         self.sampler, self.class_sampler = (
@@ -358,7 +360,7 @@ class DreamBooth:
             with_text_encoder="text_encoder" in self.adapters,
             stock_peft=config.adapter.boft_n_butterfly_factor == 1,
         )
-        (self.output / "README.md").write_text(card, encoding="utf-8")
+        write(self.output / "README.md", card)
         if self.hub:
             self.run.say(f"uploaded: {self.hub.upload(self.output)}")
 

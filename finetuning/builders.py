@@ -95,6 +95,8 @@ def build_optimizer(
         epsilon=settings.adam_epsilon,
         eight_bit=settings.use_8bit_adam,
     )
+    if settings.lr_warmup_steps > steps:
+        raise InputError(f"--lr_warmup_steps={settings.lr_warmup_steps}: more than the run's {steps} optimizer steps")
     schedule = make_schedule(
         optimizer,
         settings.lr_scheduler,
@@ -109,6 +111,10 @@ def build_optimizer(
 def build_sampler(
     base: StableDiffusion, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
 ) -> Sampler:
+    """How pictures are made. Raises InputError for more denoising steps than the model has."""
+    most = base.scheduler.config.num_train_timesteps
+    if settings.num_inference_steps > most:
+        raise InputError(f"--num_inference_steps={settings.num_inference_steps}: the model has {most}; give fewer")
     return Sampler(base, resolution, settings.num_inference_steps, settings.guidance_scale, batch_size, precision)
 
 

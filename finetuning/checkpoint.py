@@ -71,18 +71,18 @@ class Checkpoints:
         try:
             write_folder(path, lambda folder: state.write(folder, step), state.size())
         except SaveError as error:
-            standing = self.all()
+            standing = [p for p in self.all() if step_of(p) <= step]
             last = f"{standing[-1].name} stands" if standing else "there is no earlier checkpoint"
             raise SaveError(f"{error}; {last}") from error
-        if self.limit is not None:
-            for old in self.all()[: -self.limit]:
-                shutil.rmtree(old)
+        if self.limit is not None:  # later ones, from before a resume, may be damaged and do not count
+            for old in [p for p in self.all() if step_of(p) <= step][: -self.limit]:
+                _remove(old)
         return path
 
     def begin(self, is_new: bool) -> None:
         """Clear away what a killed process left half-written and, before a new run, all that stands."""
         for path in self.all() if is_new else []:
-            shutil.rmtree(path)
+            _remove(path)
         for path in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -102,17 +102,27 @@ class Checkpoints:
         return None
 
     def find(self, name: str) -> Path | None:
-        """The checkpoint meant by a path, a bare name, or `latest` (None if there is none, incomplete ones ignored).
+        """The checkpoint meant by a path, a bare name, or `latest`, the newest intact one (None if there is none).
+
+        What a killed process left half-written or half-removed is no checkpoint, see `write_folder` and `_remove`.
 
         Raises:
-            InputError: the one named is not there, incomplete, or damaged.
+            InputError: the one named is not there or damaged; or all are, of which `latest` would lose what is left.
         """
         if name == "latest":
+            faults = []
             for path in reversed(self.all()):
                 fault = damage(path)
                 if fault is None:
                     return path
                 logger.warning("%s is passed over: %s", path, fault)
+                faults.append(f"{path.name} ({fault})")
+            if faults:
+                raise InputError(
+                    f"{FLAG}=latest: every checkpoint in {self.folder} is damaged: {', '.join(faults)}; name an "
+                    "intact one of another folder, or, to start anew, delete them or give --overwrite_output_dir "
+                    f"without {FLAG}"
+                )
             return None
         path = self.folder / name if os.sep not in name else Path(name)
         if not path.is_dir():
@@ -142,7 +152,6 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
             f"{path} is not written: about {size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free on the disk"
         )
     unfinished = path.with_name(f"{UNFINISHED}{path.name.replace('checkpoint-', '')}")
-    replaced = path.with_name(f"{UNFINISHED}old-{path.name.replace('checkpoint-', '')}")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -159,12 +168,24 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
             f"{path} could not be written ({error}): more than {max(size, written) / 1e6:.1f} MB are needed, "
             f"{free / 1e6:.1f} MB are free on the disk"
         ) from error
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        path.rename(replaced)
+    replaced = _set_aside(path) if path.exists() else None
     unfinished.rename(path)
     _sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder in one step: a process that is killed meanwhile leaves no checkpoint with half of its files."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a folder the name of something unfinished."""
+    aside = path.with_name(f"{UNFINISHED}old-{path.name.replace('checkpoint-', '')}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def write_pipeline(path: Path, pipeline: DiffusionPipeline) -> None:

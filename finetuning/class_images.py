@@ -8,10 +8,10 @@ user's own: they are used first, with the caption beside them or the one prompt.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import text_file
 from .config import InputError
 from .dataset import IMAGE_SUFFIXES, Example, find_examples
 from .picture import save_picture
@@ -95,10 +95,7 @@ def generate(
 
 def write_record(folder: Path, record: dict) -> None:
     """Before the first image, so that what an interrupted run leaves behind is known."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{RECORD}.{os.getpid()}"
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RECORD)
+    text_file.write(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def generated_examples(folder: Path, count: int, prompts: Sequence[str]) -> list[Example]:

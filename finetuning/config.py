@@ -21,8 +21,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .text_file import write
+
 C = TypeVar("C", bound="Config")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEMORY_FULL = ("out of memory", "can't allocate memory")  # in torch's RuntimeErrors, on GPUs and CPUs
 
 
 class InputError(Exception):
@@ -110,14 +113,21 @@ class Config:
         }
 
     def with_values(self: C, **values: Any) -> C:
-        """A copy in which some settings have been resolved, e.g. None to the model's resolution."""
+        """A copy in which some settings have been resolved, e.g. None to the model's resolution.
+
+        Raises:
+            InputError: what they were resolved to is wrong.
+        """
         groups = {}
         for name, group in zip((f.name for f in dataclasses.fields(self)), groups_of(self)):
             own = {f.name: values.pop(f.name) for f in dataclasses.fields(group) if f.name in values}
             groups[name] = dataclasses.replace(group, **own)
         if values:
             raise TypeError(f"no such settings: {sorted(values)}")
-        return type(self)(**groups)
+        resolved = type(self)(**groups)
+        if faults := resolved.all_faults():
+            raise InputError(*faults)
+        return resolved
 
     def save(self, path: Path) -> None:
         """Write a YAML file that `--config` reads back, from any working directory. Secrets are left out."""
@@ -126,7 +136,7 @@ class Config:
             kind, value = field.metadata["folder"], values.get(field.name)
             if value is not None and (kind == "always" or (kind == "perhaps" and os.path.exists(value))):
                 values[field.name] = os.path.abspath(value)
-        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def groups_of(config: Config) -> list[Group]:
@@ -200,8 +210,10 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     debug = "--debug" in argv
     try:
         return main([a for a in argv if a != "--debug"]) or 0
-    except (InputError, RunError, OSError, KeyboardInterrupt) as error:
+    except (InputError, RunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL and not isinstance(error, PermissionError):
+            raise
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in MEMORY_FULL):
             raise
         if debug:
             traceback.print_exc()
@@ -214,6 +226,12 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             code, message = 130, "interrupted"
         elif isinstance(error, OSError):
             message = f"the disk is full: {error}; free some space"
+        elif isinstance(error, (MemoryError, RuntimeError)):
+            said = message.split("\n")[0] or "no more than this is there"
+            message = (
+                f"out of memory: {said}; use smaller batches or pictures, in training --train_batch_size with "
+                "--gradient_accumulation_steps, --gradient_checkpointing or --resolution"
+            )
     if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -244,7 +262,11 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags override it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of these settings; flags override it, and of a flag given twice the last one counts",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     names = {"config", "debug"}
     for group in typing.get_type_hints(cls).values():
@@ -280,13 +302,17 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         return {}, [f"--config={path}: not YAML ({' '.join(str(error).split())})"]
     if not isinstance(content, dict):
         return {}, [f"--config={path}: expected lines of `name: value`, found {type(content).__name__}"]
+    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        return {}, [f"--config={path}: {', '.join(twice)}: given twice; keep one of the lines"]
     return {str(name): value for name, value in content.items()}, []
 
 
@@ -335,6 +361,8 @@ def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
         flag = f"--{field.name}={show(v)}"
         if rules["choices"] is not None and v not in rules["choices"]:
             return f"{flag}: must be one of {', '.join(rules['choices'])}{_nearest(str(v), rules['choices'])}"
+        if isinstance(value, str) and not v.strip() and v != field.default:
+            return f"{flag}: is empty, perhaps from a variable that is not set; a value is needed, or drop the flag"
         if rules["minimum"] is not None and v < rules["minimum"]:
             return f"{flag}: must be {rules['minimum']} or more"
         if rules["above"] is not None and v <= rules["above"]:

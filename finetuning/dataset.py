@@ -54,7 +54,8 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{flag}={folder}: is a file; give the folder that holds the images")
     try:
-        files = sorted((p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")), key=_natural)
+        entries = [p for p in folder.iterdir() if p.is_file() or not p.exists()]  # or a link that leads nowhere
+        files = sorted((p for p in entries if not p.name.startswith(".")), key=_natural)
     except PermissionError:
         raise InputError(f"{flag}={folder}: may not be read; change its permissions") from None
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -73,10 +74,12 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
 def find_examples(folder: str | Path, prompt: str, flag: str) -> list[Example]:
     """Images with their prompts: `name.txt` beside `name.jpg`, or a line of metadata.jsonl, overrides `prompt`."""
     captions = _read_metadata(Path(folder) / "metadata.jsonl", flag)
-    examples = []
-    for path in find_images(folder, flag):
+    examples, images = [], find_images(folder, flag)
+    if strangers := captions.keys() - {path.name for path in images}:
+        logger.warning("%s: metadata.jsonl names what is not there: %s", folder, ", ".join(sorted(strangers)))
+    for path in images:
         beside = path.with_suffix(".txt")
-        caption = beside.read_text(encoding="utf-8").strip() if beside.exists() else captions.get(path.name, prompt)
+        caption = _read_text(beside, flag).strip() if beside.is_file() else captions.get(path.name, prompt)
         examples.append(Example(path, caption or prompt))
     return examples
 
@@ -97,6 +100,14 @@ def read_prompts(prompts: Sequence[str], flag: str) -> list[str]:
     return list(prompts)
 
 
+def _read_text(path: Path, flag: str) -> str:
+    """Raises InputError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag}: {path}: is not UTF-8 ({error.reason}); save it as UTF-8") from None
+
+
 def _natural(path: Path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
@@ -106,12 +117,13 @@ def _read_metadata(path: Path, flag: str) -> dict[str, str]:
     if not path.exists():
         return {}
     captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_text(path, flag).splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            captions[entry["file_name"]] = next(entry[k] for k in ("text", "prompt", "caption") if k in entry)
+            caption = next(entry[k] for k in ("text", "prompt", "caption") if k in entry)
+            captions[entry["file_name"]] = caption + ""  # a TypeError if it is no text
         except (ValueError, KeyError, TypeError, StopIteration):
             raise InputError(
                 f"{flag}: {path}, line {number}: expected an object with file_name and text, e.g. "

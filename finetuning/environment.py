@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from . import text_file
+
 FILE = "environment.json"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "Pillow")
 DECIDES_BITS = ("torch", "device", "threads")
@@ -40,7 +42,7 @@ def read(run: Path) -> dict[str, str] | None:
 def write(run: Path, **more: object) -> None:
     """environment.json: this process's and `more`, e.g. the fingerprint of the base's weights."""
     content = {**describe(), **{name: str(value) for name, value in more.items()}}
-    (run / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text_file.write(run / FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def changes(run: Path) -> list[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
+from . import text_file
 from .config import InputError, RunError
 from .model_card import CARD, shared_card
+from .shared_paths import private_paths, shared_content
 
 PATIENCE = 10  # seconds in which the hub must answer at all, before training
 # What others can use of a run. Checkpoints, logs and whatever else lies in its folder stay at home.
@@ -36,18 +37,18 @@ class HubRepository:
     def upload(self, run: Path) -> str:
         """Put a run's result there, with a card that loads it from there; returns its address.
 
+        Paths of this machine stay at home: config.yaml and what else holds them is changed on the way, see
+        shared_paths.py.
+
         Raises:
             RunError: it was not taken. What the run has written stays where it is.
         """
         card = run / CARD
-        card.write_text(shared_card(card.read_text(encoding="utf-8"), run, self.name), encoding="utf-8")
+        text_file.write(card, shared_card(card.read_text(encoding="utf-8"), run, self.name))
+        private = private_paths(run)
         try:
-            HfApi(token=self.token).upload_folder(
-                repo_id=self.name,
-                folder_path=run,
-                allow_patterns=[glob.escape(name) for name in shared_files(run)],
-                commit_message=f"Upload {run.resolve().name}",
-            )
+            files = [CommitOperationAdd(name, shared_content(run / name, private)) for name in shared_files(run)]
+            HfApi(token=self.token).create_commit(self.name, files, commit_message=f"Upload {run.resolve().name}")
         except Exception as error:
             raise RunError(
                 f"{self.name}: not uploaded ({_says(error)}). The result is complete in {run}; try again with: "

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from tqdm import tqdm
 
-from . import environment
+from . import environment, text_file
 from .config import Config, InputError, RunError
 from .picture import save_picture
 from .randomness import seed_modules
@@ -92,16 +92,27 @@ class Run:
             log = folder / METRICS
             lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
             kept = [line for line in lines if _step_of_line(line) <= first_step]
-            log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            text_file.write(log, "".join(f"{line}\n" for line in kept))
         self.accelerator.wait_for_everyone()
 
     def log(self, step: int, **values: float | None) -> None:
-        """One line of metrics.jsonl, the trackers, and the progress bar. None values are left out."""
+        """One line of metrics.jsonl, the trackers, and the progress bar. None values are left out.
+
+        Raises:
+            RunError: the disk is full; checkpoints stand.
+        """
         if not self.is_main:
             return
         values = {k: v for k, v in values.items() if v is not None}
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+        line = json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
+        try:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.folder / METRICS}: {error.strerror}; free some space and go on with "
+                "--resume_from_checkpoint=latest"
+            ) from error
         for tracker in self.trackers:
             tracker.log(step, values)
         if self._bar is not None and "loss" in values:

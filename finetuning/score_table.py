@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .text_file import write
 
 Row = dict[str, Any]
 
@@ -41,14 +42,6 @@ def as_csv(rows: Sequence[Row]) -> str:
 def as_json(value: Any) -> str:
     """Indented; undefined numbers are null, which JSON has and nan it has not."""
     return json.dumps(without_nan(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def write_table(folder: Path, name: str, rows: Sequence[Row]) -> None:

@@ -6,6 +6,8 @@ Library functions take plain values; only the two scripts, the builders and this
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,9 @@ class ModelSettings(Group):
 class DataSettings(Group):
     """Images"""
 
-    resolution: int | None = setting(None, "Side of the training images in pixels. None = the model's own.", minimum=8)
+    resolution: int | None = setting(
+        None, "Side of the training images in pixels. None = the model's own.", minimum=8, maximum=8192
+    )
     center_crop: bool = setting(False, "Crop in the middle. Otherwise the crop of an oblong image is random.")
     random_flip: bool = setting(False, "Mirror half of the images, at random.")
     cache_latents: bool | None = setting(
@@ -287,7 +291,8 @@ class CheckpointSettings(Group):
     )
     resume_from_checkpoint: str | None = setting(
         None,
-        "A checkpoint's path, its bare name checkpoint-N, or latest (from the start if there is none).",
+        "A checkpoint's path, its bare name checkpoint-N, or latest = the newest intact one, from the start if there "
+        "is none at all.",
         may_change=True,
     )
 
@@ -310,9 +315,15 @@ class DreamBoothValidationSettings(ValidationSettings):
     base_prompt: list[str] = setting(
         [],
         "What the base is asked in the final comparison, one for each --validation_prompt, e.g. the same with "
-        "'a mug' for 'qwe mug'. None given = the validation prompts.",
+        "'a mug' for 'qwe mug', or a .txt file. None given = the validation prompts.",
         may_change=True,
     )
+
+    def faults(self) -> Iterator[str]:
+        n, m = len(self.base_prompt), len(self.validation_prompt)
+        is_file = any(prompts[0].endswith(".txt") for prompts in (self.base_prompt, self.validation_prompt) if prompts)
+        if n and n != m and not is_file:
+            yield f"--base_prompt: {n} prompts for {m} of --validation_prompt; give as many or none"
 
 
 @dataclass
@@ -366,6 +377,14 @@ class DreamBoothConfig(Config):
     def faults(self) -> Iterator[str]:
         if self.data.pre_compute_text_embeddings and self.adapter.train_text_encoder:
             yield "--pre_compute_text_embeddings: impossible with --train_text_encoder, which changes them; drop one"
-        n, m = len(self.validation.base_prompt), len(self.validation.validation_prompt)
-        if n and n != m:
-            yield f"--base_prompt: {n} prompts for {m} of --validation_prompt; give as many or none"
+        folders = {
+            "--instance_data_dir": self.subject.instance_data_dir,
+            "--class_data_dir": self.prior.class_data_dir,
+            "--output_dir": self.checkpoints.output_dir,
+        }
+        for (flag, folder), (other_flag, other) in itertools.combinations(folders.items(), 2):
+            if folder is not None and other is not None and os.path.realpath(folder) == os.path.realpath(other):
+                yield (
+                    f"{other_flag}={other}: is {flag} too, among whose pictures the trainer would put its own; give "
+                    "another folder"
+                )

@@ -216,6 +216,13 @@ def load_stable_diffusion(
             scheduler=_scheduler_class(config).from_pretrained(name, subfolder="scheduler", **options),
             noise_schedule=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
         )
+    positions, vocabulary = base.text_encoder.config.max_position_embeddings, base.text_encoder.config.vocab_size
+    if base.tokenizer.model_max_length > positions or len(base.tokenizer) > vocabulary:  # an empty one has no limit
+        flag = f"{FLAG}={name}" if tokenizer_name is None else f"--tokenizer_name={tokenizer_name}"
+        raise InputError(
+            f"{flag}: no tokenizer of this text encoder, which reads {positions} tokens out of {vocabulary}; is it "
+            "complete?"
+        )
     if base.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(
             f"{FLAG}={name}: prediction type {base.prediction_type}; epsilon and v_prediction can be trained"

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .adapter import Adapter
 from .averages import Averages
-from .checkpoint import load_state, save_state, step_of
+from .checkpoint import load_state, save_state
 from .config import Config, InputError, contradictions
 
 
@@ -101,7 +101,7 @@ class TrainingState:
                 f"--train_batch_size × --gradient_accumulation_steps × processes = {self.total_batch}: "
                 f"the checkpoint was made with {state['total_batch']}"
             )
-        if step_of(folder) > last_step:
+        if state["step"] > last_step:
             faults.append(f"--max_train_steps={last_step}: {folder.name} is beyond that; nothing is left to train")
         if faults:
             raise InputError(*(f"--resume_from_checkpoint={folder.name}: {fault}" for fault in faults))

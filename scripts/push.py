@@ -4,8 +4,9 @@
     python scripts/push.py --run data/output/dreambooth --hub_model_id me/qwe-mug
 
 The token is the one of `hf auth login` or of HF_TOKEN. A new repository is public; make it beforehand for a private
-one. What is uploaded: the adapters or the pipeline, config.yaml with the paths as they were typed, metrics, scores,
-pictures; no checkpoints, no logs, no photos but those in comparison.png. To do the same at the end of a training run:
+one. What is uploaded: the adapters or the pipeline, config.yaml, metrics, scores, pictures; no checkpoints, no logs,
+no photos but those in comparison.png. Paths of this machine are shortened: below the working directory or the
+repository to what follows it, others to their last name. To do the same at the end of a training run:
 `train_dreambooth.py --push_to_hub`.
 """
 

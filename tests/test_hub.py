@@ -135,7 +135,7 @@ def holding(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_a_result_goes_up_with_its_card_and_nothing_else(hub, run, capsys):
+def test_a_result_goes_up_with_its_card_and_nothing_else(hub, run, toy_base, capsys):
     assert script("--run", run, "--hub_token", TOKEN) == 0
     assert capsys.readouterr().out == f"10 files in {hub.url}/me/mug\n"
     assert set(hub.files) == {
@@ -143,7 +143,11 @@ def test_a_result_goes_up_with_its_card_and_nothing_else(hub, run, capsys):
         "validation/validation-000002.png", "unet/adapter_config.json", "unet/adapter_model.safetensors",
         "text_encoder/adapter_config.json", "text_encoder/adapter_model.safetensors",
     }  # fmt: skip
-    assert all(content == (run / name).read_bytes() for name, content in hub.files.items())
+    changed = {name for name, content in hub.files.items() if content != (run / name).read_bytes()}
+    assert changed == {"README.md", "config.yaml", "text_encoder/adapter_config.json"}, "where the base's path stands"
+    assert json.loads(hub.files["text_encoder/adapter_config.json"])["base_model_name_or_path"] == toy_base.name
+    assert yaml.safe_load(hub.files["config.yaml"]) == {"pretrained_model_name_or_path": toy_base.name}
+    assert yaml.safe_load((run / "config.yaml").read_text()) == {"pretrained_model_name_or_path": str(toy_base)}
     front, card = hub.files["README.md"].decode().split("---\n")[1:]
     assert yaml.safe_load(front)["tags"][-1] == "boft" and "base_model" not in yaml.safe_load(front)
     assert 'run = "me/mug"' in card and str(run) not in card
@@ -159,6 +163,7 @@ def test_a_result_goes_up_with_its_card_and_nothing_else(hub, run, capsys):
 
 
 def test_what_was_uploaded_is_loaded_by_its_name(hub, run, toy_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(toy_base.parent)  # from which the uploaded config.yaml names the base
     assert script("--run", run, "--hub_token", TOKEN) == 0
     cache, commit = tmp_path / "cache" / "models--me--mug", "0" * 40  # as the library leaves it after a download
     for name, content in {f"snapshots/{commit}/{n}": c for n, c in hub.files.items()}.items():
@@ -176,13 +181,26 @@ def test_what_was_uploaded_is_loaded_by_its_name(hub, run, toy_base, tmp_path, m
 def test_training_uploads_at_its_end_and_keeps_the_token_to_itself(
     hub, toy_base, photos, tmp_path, monkeypatch, capfd
 ):
+    """A full fine-tune, in whose files diffusers notes where the base lies. No path of this machine goes up."""
     output, told = tmp_path / "runs" / "qwe-mug", ("--push_to_hub", f"--hub_token={TOKEN}")
     more = ("--validation_prompt=a red mug", "--max_train_steps=1", "--report_to=all", *told)
     monkeypatch.setattr(sys, "argv", ["train_dreambooth.py", *more])  # which trackers like to keep
     monkeypatch.chdir(tmp_path)
-    assert train(*flags(toy_base, photos, output, *more)) == 0
+    assert train(*flags(toy_base, photos, output, *more, adapter=())) == 0
     assert hub.asked[0] == "/whoami-v2" and "/repos/create" in hub.asked and any("auth-check" in a for a in hub.asked)
-    assert {"unet/adapter_model.safetensors", "README.md", "config.yaml", "comparison.png"} <= set(hub.files)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert {weights, "model_index.json", "README.md", "config.yaml", "comparison.png"} <= set(hub.files)
+    assert hub.files[weights] == (output / weights).read_bytes()
+    config, told = yaml.safe_load(hub.files["config.yaml"]), yaml.safe_load((output / "config.yaml").read_text())
+    places = {
+        "instance_data_dir": "photos",
+        "output_dir": "runs/qwe-mug",
+        "pretrained_model_name_or_path": toy_base.name,
+    }
+    assert config == {**told, **places} and told["instance_data_dir"] == str(photos)
+    assert str(toy_base) in (output / "unet" / "config.json").read_text()
+    for path in (tmp_path, toy_base, f"{Path.home()}/"):
+        assert not [name for name, content in hub.files.items() if str(path).encode() in content], path
     assert 'run = "me/qwe-mug"' in hub.files["README.md"].decode()
     assert not holding(tmp_path, TOKEN) and (output / "wandb").is_dir()
     said = capfd.readouterr()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
 
 import numpy as np
 import pytest
-import torch
 from conftest import draw_photo
 from PIL import Image
 from training import flags, run
@@ -38,7 +39,7 @@ class Case:
         return ["--with_prior_preservation", f"--class_data_dir={self.classes}", "--class_prompt=a mug", *more]
 
     def everything(self) -> dict[str, int]:
-        return {str(p): p.stat().st_mtime_ns for p in self.folder.rglob("*")}
+        return {str(p): p.lstat().st_mtime_ns for p in self.folder.rglob("*")}
 
 
 def photo(name: str, content: bytes | Image.Image | None):
@@ -52,6 +53,12 @@ def photo(name: str, content: bytes | Image.Image | None):
             path.write_bytes(content if content is not None else (case.photos / "0.png").read_bytes()[:80])
 
     return change
+
+
+def claiming(side: int) -> bytes:
+    """The beginning of a PNG that says how large it is, and ends."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
 def base(change):
@@ -118,6 +125,7 @@ CASES = {
     "negative learning rate": (["--learning_rate=-1"], ["--learning_rate=-1"]),
     "zero gradient norm": (["--max_grad_norm=0"], ["--max_grad_norm=0", "greater than 0"]),
     "zero resolution": (["--resolution=0"], ["--resolution=0"]),
+    "a resolution beyond all memory": (["--resolution=80000"], ["--resolution=80000", "8192 or less"]),
     "odd resolution": (["--resolution=20"], ["--resolution=20", "multiple of 8", "16 or 24"]),
     "negative workers": (["--dataloader_num_workers=-1"], ["--dataloader_num_workers=-1"]),
     "dropout of one": (["--boft_dropout=1"], ["--boft_dropout=1"]),
@@ -146,6 +154,10 @@ CASES = {
     "warm-up longer than the run": (
         ["--lr_warmup_steps=9", "--lr_scheduler=linear"], ["--lr_warmup_steps=9", "--max_train_steps=4"],
     ),
+    "warm-up longer than the epochs": (
+        ["--max_train_steps=None", "--lr_warmup_steps=9", "--lr_scheduler=linear"],
+        ["--lr_warmup_steps=9", "the run's 1 optimizer steps"],
+    ),
     "text cached and trained": (
         ["--pre_compute_text_embeddings", "--train_text_encoder"], ["--pre_compute_text_embeddings", "drop one"],
     ),
@@ -162,6 +174,7 @@ CASES = {
     "block size that does not divide": (["--boft_block_size=7"], ["--boft_block_size=7"]),
     "block number that does not divide": (["--boft_block_size=0", "--boft_block_num=5"], ["--boft_block_num=5"]),
     "too many factors": (["--boft_n_butterfly_factor=9"], ["--boft_n_butterfly_factor=9"]),
+    "no layer": (["--boft_target_modules=,"], ["--boft_target_modules", "attention"]),
     "no such layer": (["--boft_target_modules=to_x"], ["--boft_target_modules=to_x", "attention"]),
     # Settings from a file
     "no settings file": (["--config=nowhere.yaml"], ["--config=nowhere.yaml"]),
@@ -169,6 +182,8 @@ CASES = {
     "settings that are a list": (written("c.yaml", "- a", "--config={}"), ["--config=", "name: value"]),
     "an unknown setting": (written("c.yaml", "sed: 1", "--config={}"), ["'sed'", "did you mean seed?"]),
     "a setting of the wrong type": (written("c.yaml", "seed: x", "--config={}"), ["seed: x", "whole number"]),
+    "a setting given twice": (written("c.yaml", "seed: 1\nseed: 2", "--config={}"), ["seed", "given twice"]),
+    "a settings file that is a folder": (lambda case: [f"--config={case.photos}"], ["--config=", "cannot be read"]),
     # Photos
     "no photo folder": (["--instance_data_dir=nowhere"], ["--instance_data_dir=nowhere", "no such folder"]),
     "a photo for a folder": (
@@ -187,6 +202,17 @@ CASES = {
     "a truncated photo": (photo("2.png", None), ["2.png", "not a readable image"]),
     "a photo of one pixel": (photo("2.png", Image.new("RGB", (1, 1))), ["2.png", "1×1"]),
     "a narrow photo": (photo("2.png", Image.new("RGB", (400, 3))), ["2.png", "400×3"]),
+    "a photo that claims 50000×50000 pixels": (photo("2.png", claiming(50_000)), ["2.png", "not a readable image"]),
+    "a link that leads nowhere": (
+        lambda case: (case.photos / "2.png").symlink_to("nowhere.png"), ["2.png", "not a readable image"],
+    ),
+    "a caption that is not UTF-8": (
+        lambda case: (case.photos / "0.txt").write_bytes(b"caf\xe9") and None, ["0.txt", "not UTF-8"],
+    ),
+    "captions that are not UTF-8": (
+        lambda case: (case.photos / "metadata.jsonl").write_bytes(b"caf\xe9") and None, ["not UTF-8"],
+    ),
+    "a caption that is a number": (captioned('{"file_name": "0.png", "text": 5}'), ["line 1", "text"]),
     "no prompt": (["--instance_prompt="], ["--instance_prompt", "needed"]),
     "a prompt of blanks": (["--instance_prompt=  "], ["--instance_prompt", "needed"]),
     "a long prompt": (["--instance_prompt=" + "a photo of mug " * 9], ["--instance_prompt", "38 tokens", "reads 24"]),
@@ -202,6 +228,10 @@ CASES = {
         written("p.txt", "\n", "--validation_prompt={}"), ["--validation_prompt", "no prompt"],
     ),
     "a blank prompt": (["--validation_prompt", "a mug", " "], ["--validation_prompt", "empty prompt"]),
+    "a blank base prompt": (["--validation_prompt=a mug", "--base_prompt= "], ["--base_prompt", "empty prompt"]),
+    "unequal prompts from a file": (
+        written("p.txt", "a\nb", "--validation_prompt={}", "--base_prompt=a"), ["--base_prompt", "1 prompts for 2"],
+    ),
     "caches of random crops": (
         lambda case: [draw_photo(3, (30, 20)).save(case.photos / "2.png"), "--cache_latents"][1:],
         ["--cache_latents", "--center_crop"],
@@ -234,11 +264,28 @@ CASES = {
         ["--pretrained_model_name_or_path=somebody/some-model"], ["somebody/some-model", "network", "local folder"],
     ),
     "no tokenizer folder": (["--tokenizer_name=nowhere"], ["--tokenizer_name=nowhere"]),
+    "a tokenizer's folder without one": (
+        lambda case: [f"--tokenizer_name={case.photos}"], ["--tokenizer_name", "no tokenizer of this"],
+    ),
+    "a damaged index": (
+        base(lambda folder: (folder / "model_index.json").write_text("{")),
+        ["--pretrained_model_name_or_path", "cannot be loaded"],
+    ),
+    "an index that names no scheduler": (
+        base(edit_json("model_index.json", scheduler=["diffusers", "NoScheduler"])), ["NoScheduler"],
+    ),
+    "a scheduler without its settings": (
+        base(lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink()), ["cannot be loaded"],
+    ),
+    "too many denoising steps": (["--num_inference_steps=1001"], ["--num_inference_steps=1001", "has 1000"]),
     "a resolution that cannot be halved": (
         lambda case: ["--resolution=24", "--pretrained_model_name_or_path=SD15"],
         ["--resolution=24", "multiple of 64"],
     ),
     # Class images
+    "class images among the photos": (
+        lambda case: case.prior(f"--class_data_dir={case.photos}/."), ["--class_data_dir", "--instance_data_dir too"],
+    ),
     "a file for the class folder": (
         lambda case: case.prior(f"--class_data_dir={case.photos / '0.png'}"), ["--class_data_dir", "is a file"],
     ),
@@ -252,6 +299,8 @@ CASES = {
         class_folder(("mine.png", ""), more=("--class_prompt", "a", "b")), ["mine.png has no caption", "2 prompts"],
     ),
     # Output and checkpoints
+    "an output folder without a name": (["--output_dir="], ["--output_dir=: is empty"]),
+    "output among the photos": (lambda case: [f"--output_dir={case.photos}"], ["is --instance_data_dir too"]),
     "a file for the output folder": (
         lambda case: [f"--output_dir={case.photos / '0.png'}"], ["--output_dir", "is a file"],
     ),
@@ -260,6 +309,9 @@ CASES = {
     ),
     "no such checkpoint": (["--resume_from_checkpoint=checkpoint-9"], ["checkpoint-9", "there are: none"]),
     "a checkpoint folder that is not there": (["--resume_from_checkpoint=a/checkpoint-9"], ["a/checkpoint-9"]),
+    "a checkpoint that is none": (
+        lambda case: [f"--resume_from_checkpoint={case.photos}"], ["--resume_from_checkpoint", "incomplete"],
+    ),
 }  # fmt: skip
 
 
@@ -325,103 +377,6 @@ def test_a_huge_photo_is_named(toy_base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert run(*flags(case.base, case.photos, case.output)) == 2
     assert "0.png" in capsys.readouterr().err
-
-
-# Checkpoints that were damaged
-
-
-@pytest.fixture(scope="module")
-def trained(toy_base, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    case = Case(folder, toy_base)
-    assert run(*flags(toy_base, case.photos, case.output, "--checkpointing_steps=2", "--max_train_steps=2")) == 0
-    return folder
-
-
-def reseal(path: Path) -> None:
-    """Make the manifest agree with what is there, so that the damage lies deeper."""
-    from finetuning.checkpoint import MANIFEST, _listing
-
-    (path / MANIFEST).unlink()
-    (path / MANIFEST).write_text(json.dumps(_listing(path)))
-
-
-def no_torch_file(path: Path) -> None:
-    (path / "training_state.pt").write_bytes(b"no state")
-    reseal(path)
-
-
-def dangerous(path: Path) -> None:
-    class Harm:
-        def __reduce__(self):
-            return (print, ("executed",))
-
-    torch.save({"optimizer": Harm()}, path / "training_state.pt")
-    reseal(path)
-
-
-def no_tensors(path: Path) -> None:
-    (path / "unet" / "adapter_model.safetensors").write_bytes(b"no tensors")
-    reseal(path)
-
-
-def other_tensors(path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, path / "unet" / "adapter_model.safetensors")
-    reseal(path)
-
-
-DAMAGES = {
-    "no manifest": (lambda path: (path / "manifest.json").unlink(), ["incomplete"]),
-    "no weights": (lambda path: (path / "unet" / "adapter_model.safetensors").unlink(), ["is missing"]),
-    "cut weights": (lambda path: os.truncate(path / "unet" / "adapter_model.safetensors", 50), ["50 bytes"]),
-    "cut state": (lambda path: os.truncate(path / "training_state.pt", 50), ["training_state.pt has 50 bytes"]),
-    "state of another kind": (no_torch_file, ["training_state.pt cannot be read"]),
-    "state that would execute code": (dangerous, ["training_state.pt cannot be read"]),
-    "weights of another kind": (no_tensors, ["cannot be loaded"]),
-    "weights of another adapter": (other_tensors, ["other layers"]),
-}
-
-
-@pytest.mark.parametrize(("spoil", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint(spoil, words, trained, toy_base, tmp_path, capsys):
-    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
-    spoil(folder / "output" / "checkpoint-2")
-    before = {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
-    capsys.readouterr()
-    arguments = flags(toy_base, folder / "photos", folder / "output", "--resume_from_checkpoint=checkpoint-2")
-    assert run(*arguments) == 2
-    output = capsys.readouterr()
-    assert all(word in output.err for word in words), output.err
-    assert "Traceback" not in output.err and "executed" not in output.out
-    assert {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-
-
-def test_a_second_run_into_the_same_folder(trained, toy_base, tmp_path, capsys):
-    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
-    assert run(*flags(toy_base, folder / "photos", folder / "output")) == 2
-    error = capsys.readouterr().err
-    assert "--resume_from_checkpoint=latest" in error and "--overwrite_output_dir" in error
-
-
-def test_resuming_on_another_base_model(trained, sd15_base, toy_base, tmp_path, capsys):
-    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
-    base_copy = Path(shutil.copytree(toy_base, tmp_path / "base"))
-    from safetensors.torch import load_file, save_file
-
-    weights = base_copy / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    arguments = flags(base_copy, folder / "photos", folder / "output", "--resume_from_checkpoint=latest")
-    assert run(*arguments) == 2
-    assert "the checkpoint belongs to another base model" in capsys.readouterr().err
-
-
-def test_resuming_on_other_photos(trained, toy_base, tmp_path, capsys):
-    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
-    draw_photo(9).save(folder / "photos" / "0.png")
-    assert run(*flags(toy_base, folder / "photos", folder / "output", "--resume_from_checkpoint=latest")) == 2
-    assert "other images or captions" in capsys.readouterr().err
 
 
 def test_a_run_error_is_one_line_and_exit_code_1(capsys):

@@ -101,14 +101,48 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("spoil", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_or_refused(spoil, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_or_refused(spoil, tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, State())
     checkpoints.save(2, State())
     spoil(tmp_path / "checkpoint-2")
     assert checkpoints.find("latest").name == "checkpoint-1"
+    assert f"checkpoint-2 is passed over: {damage(tmp_path / 'checkpoint-2')}" in caplog.text
     with pytest.raises(InputError, match="checkpoint-2"):
         checkpoints.find("checkpoint-2")
+    spoil(tmp_path / "checkpoint-1")
+    for overwrite in (False, True):  # which the shell scripts always ask for
+        with pytest.raises(InputError, match=r"latest: every .* checkpoint-2 \(.*checkpoint-1 \(.*delete them or"):
+            checkpoints.choose("latest", overwrite)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_new_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, limit=1)
+    checkpoints.save(4, State())
+    DAMAGES["missing file"](tmp_path / "checkpoint-4")
+    for step in (2, 3):
+        checkpoints.save(step, State())
+        assert checkpoints.find("latest").name == f"checkpoint-{step}"
+    checkpoints.save(4, State())
+    assert names(tmp_path) == ["checkpoint-4"] and damage(tmp_path / "checkpoint-4") is None
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_damaged_one(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, limit=1)
+    checkpoints.save(1, State())
+
+    def killed(path, **_):
+        if path.exists():
+            (path / "step").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("finetuning.checkpoint.shutil.rmtree", killed)
+        checkpoints.begin(is_new=True)
+    assert checkpoints.find("latest") is None
+    checkpoints.begin(is_new=False)
+    assert names(tmp_path) == []
 
 
 def test_what_a_killed_process_left_is_ignored_and_cleared(tmp_path):

@@ -50,7 +50,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
 
 def test_what_is_saved_reads_back_equal_and_holds_no_secret(tmp_path):
     config = read("--validation_prompt", "ä. 1", "b: c", "--max_train_steps=3")
-    config = config.with_values(hub_token="secret-token", resolution=64)
+    config = config.with_values(push_to_hub=True, hub_token="secret-token", resolution=64)
     config.save(tmp_path / "c.yaml")
     text = (tmp_path / "c.yaml").read_text()
     assert "secret-token" not in text and "hub_token" not in text and "hub_token" not in config.as_dict()
