@@ -110,7 +110,7 @@ class DreamBooth:
 
         run.check_same(optimizer)
         if run.is_main and not run.exit_code:
-            with applied(self.averages):
+            with applied(self.averages), self.checkpoints.mentioned(step):
                 self.finish(step)
         run.close()
         return run.exit_code

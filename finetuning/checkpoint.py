@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from diffusers import DiffusionPipeline
 
-from .config import InputError, RunError
+from .config import DISK_FULL, InputError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +69,25 @@ class Checkpoints:
             SaveError: the disk is full, or the folder cannot be written; nothing that existed is lost.
         """
         path = self.folder / f"checkpoint-{step}"
-        try:
+        with self.mentioned(step):
             write_folder(path, lambda folder: state.write(folder, step), state.size())
-        except SaveError as error:
-            standing = [p for p in self.all() if step_of(p) <= step]
-            last = f"{standing[-1].name} stands" if standing else "there is no earlier checkpoint"
-            raise SaveError(f"{error}; {last}") from error
         if self.limit is not None:  # later ones, from before a resume, may be damaged and do not count
             for old in [p for p in self.all() if step_of(p) <= step][: -self.limit]:
                 _remove(old)
         return path
+
+    @contextmanager
+    def mentioned(self, step: int):
+        """What cannot be saved inside is an error that says which checkpoint, of this step at most, stands."""
+        try:
+            yield
+        except (SaveError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in DISK_FULL:
+                raise
+            standing = [path for path in self.all() if step_of(path) <= step]
+            last = f"{standing[-1].name} stands" if standing else "there is no earlier checkpoint"
+            text = f"the disk is full: {error}" if isinstance(error, OSError) else str(error)
+            raise SaveError(f"{text}; {last}; make room and give the same command with {FLAG}=latest") from error
 
     def begin(self, is_new: bool) -> None:
         """Clear away what a killed process left half-written and, before a new run, all that stands."""
@@ -148,9 +158,7 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
     """
     free = shutil.disk_usage(_existing(path)).free
     if free < size:
-        raise SaveError(
-            f"{path} is not written: about {size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free on the disk"
-        )
+        raise SaveError(f"{path} is not written: about {_shown(size)} are needed, {_shown(free)} are free on the disk")
     unfinished = path.with_name(f"{UNFINISHED}{path.name.replace('checkpoint-', '')}")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -165,8 +173,8 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
         free = shutil.disk_usage(_existing(path)).free
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveError(
-            f"{path} could not be written ({error}): more than {max(size, written) / 1e6:.1f} MB are needed, "
-            f"{free / 1e6:.1f} MB are free on the disk"
+            f"{path} could not be written ({error}): more than {_shown(max(size, written))} are needed, "
+            f"{_shown(free)} are free on the disk"
         ) from error
     replaced = _set_aside(path) if path.exists() else None
     unfinished.rename(path)
@@ -196,7 +204,8 @@ def write_pipeline(path: Path, pipeline: DiffusionPipeline) -> None:
     """
     for name, part in pipeline.components.items():
         if part is not None:
-            write_folder(path / name, part.save_pretrained)
+            state = part.state_dict() if isinstance(part, torch.nn.Module) else {}
+            write_folder(path / name, part.save_pretrained, sum(tensor.nbytes for tensor in state.values()))
     pipeline.save_config(path)
 
 
@@ -256,6 +265,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def _existing(path: Path) -> Path:

@@ -225,7 +225,10 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         elif isinstance(error, KeyboardInterrupt):
             code, message = 130, "interrupted"
         elif isinstance(error, OSError):
-            message = f"the disk is full: {error}; free some space"
+            message = (
+                f"the disk is full: {error}; make room and give the same command, in training with "
+                "--resume_from_checkpoint=latest"
+            )
         elif isinstance(error, (MemoryError, RuntimeError)):
             said = message.split("\n")[0] or "no more than this is there"
             message = (

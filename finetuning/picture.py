@@ -63,11 +63,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name("." + path.name)
-    if path.suffix == ".webp":
-        picture.save(unfinished, format="WEBP", quality=90, method=6)
-    else:
-        picture.save(unfinished, format="PNG", optimize=True)
-    unfinished.replace(path)
+    try:
+        if path.suffix == ".webp":
+            picture.save(unfinished, format="WEBP", quality=90, method=6)
+        else:
+            picture.save(unfinished, format="PNG", optimize=True)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _shown_side(size: tuple[int, int]) -> int:

@@ -110,7 +110,7 @@ class Run:
                 file.write(f"{line}\n")
         except OSError as error:
             raise RunError(
-                f"{self.folder / METRICS}: {error.strerror}; free some space and go on with "
+                f"{self.folder / METRICS}: {error.strerror}; make room and give the same command with "
                 "--resume_from_checkpoint=latest"
             ) from error
         for tracker in self.trackers:

@@ -342,7 +342,7 @@ def test_a_full_disk_at_the_end_is_one_line(toy_base, photos, tmp_path, capsys):
     with largest_file(20_000):
         assert run(*flags(toy_base, photos, tmp_path / "output", "--max_train_steps=1", adapter=FULL)) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(error) == 1 and "could not be written" in error[0]
+    assert len(error) == 1 and "could not be written" in error[0] and "no earlier checkpoint" in error[0]
     assert not (tmp_path / "output" / "model_index.json").exists()
 
 

@@ -67,7 +67,7 @@ def test_a_failed_save_loses_nothing(fail, tmp_path):
 def test_a_full_disk_is_said_with_the_size(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, State())
-    with largest_file(50_000), pytest.raises(SaveError, match=r"MB are needed, .*checkpoint-1 stands"):
+    with largest_file(50_000), pytest.raises(SaveError, match=r"kB are needed, .*checkpoint-1 stands"):
         checkpoints.save(2, State(size=1_000_000))
     assert names(tmp_path) == ["checkpoint-1"]
 
