@@ -21,6 +21,7 @@ from .config import InputError
 from .dataset import find_images, open_image
 from .picture import save_picture
 from .randomness import generator
+from .score_table import write
 
 RECORD = "record.json"
 PARTS = ("unet", "text_encoder", "hint_encoder", ".")  # where a run has weights; a ControlNet lies at its root
@@ -75,7 +76,7 @@ class Gallery:
             for old in self.folder.glob("*.png"):
                 old.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # others may be reading it
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         path: ends in .webp for a small file with slight losses; anything else is a PNG.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name("." + path.name)
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         if path.suffix == ".webp":
             picture.save(unfinished, format="WEBP", quality=90, method=6)

@@ -1,4 +1,4 @@
-"""report.html of a run: one self-contained file that opens without a network.
+"""report.html of a run of either trainer: one self-contained file that opens without a network.
 
 Loss and score curves, validation pictures over steps, the comparison with the base, tables of scores, configuration
 and environment; what a run lacks is left out. The page is drawn by report.html, a Jinja template.
@@ -22,6 +22,7 @@ from PIL import Image
 
 from . import environment
 from .config import InputError, show
+from .control_settings import TOYWORLD, ControlNetConfig
 from .run import CONFIG, METRICS
 from .score_table import Row, columns_of, without_nan, write
 from .settings import DreamBoothConfig
@@ -29,8 +30,9 @@ from .settings import DreamBoothConfig
 POINTS = 1200  # of a curve at most; longer ones are drawn by their means
 WIDEST = 1600  # pixels of an embedded picture
 CHARTS: dict[str, tuple[str, ...]] = {  # title to the metrics drawn together
+    "How held-out controls are followed": ("edge_f1", "edge_iou", "edge_precision", "edge_recall", "mask_miou"),
     "Training loss": ("loss", "instance_loss", "prior_loss"),
-    "Held-out loss": ("held_out_instance_loss", "held_out_prior_loss"),
+    "Held-out loss": ("held_out_loss", "held_out_instance_loss", "held_out_prior_loss"),
     "Scores": ("subject", "subject_new", "category", "context", "leak", "others", "drift"),
     "Learning rate": ("learning_rate",),
     "Gradient norm": ("gradient_norm",),
@@ -52,6 +54,11 @@ MEANINGS = {
     "CLIP-I": "cosine of CLIP's image embeddings, mean over all real × generated pairs",
     "CLIP-T": "cosine of CLIP's embeddings of picture and prompt without the rare token",
     "LPIPS": "perceptual distance, mean over all real × generated pairs",
+    "edge_f1": "edges found again in the picture against those asked for: harmonic mean of precision and recall",
+    "edge_iou": "the same pixel on pixel: intersection over union",
+    "edge_precision": "share of the edges in the picture that were asked for",
+    "edge_recall": "share of the edges asked for that are in the picture",
+    "mask_miou": "the object's area found in the picture against the one asked for: mean intersection over union",
     "excluded": "pictures blackened by a safety filter, which count nowhere",
 }
 
@@ -92,11 +99,12 @@ def collect(run: Path) -> dict[str, Any]:
         raise InputError(f"{run / CONFIG}: is damaged; give the --output_dir of another run") from None
     metrics = read_metrics(run / METRICS)
     return {
-        "title": config.get("instance_prompt") or run.resolve().name,
+        "title": title(config, run.resolve().name),
         "name": run.resolve().name,
         "facts": facts(config, metrics),
         "charts": charts(metrics),
         "albums": albums(run / "validation"),
+        "comparison_title": "Held-out controls" if is_control(config) else "Before and after",
         "comparison": picture(run / "comparison.png"),
         "tables": score_tables(run),
         "grid": picture(run / "evaluation" / "grid.png"),
@@ -104,6 +112,18 @@ def collect(run: Path) -> dict[str, Any]:
         "environment": list((environment.read(run) or environment.describe()).items()),
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def is_control(config: dict[str, Any]) -> bool:
+    """Whether train_controlnet.py wrote this configuration."""
+    return "conditioning_channels" in config
+
+
+def title(config: dict[str, Any], name: str) -> str:
+    """What was taught: the subject's prompt, or the kind of control."""
+    if is_control(config) and (kind := config.get("conditioning") or config.get("dataset_name")):
+        return f"Control: {'edges' if kind == TOYWORLD else Path(kind).name}"
+    return config.get("instance_prompt") or name
 
 
 # Numbers
@@ -124,15 +144,21 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def facts(config: dict[str, Any], metrics: Sequence[dict[str, float]]) -> list[tuple[str, str]]:
     """What matters most, (name, value)."""
-    kind = "BOFT" if config.get("use_boft") else "LoRA" if config.get("use_lora") else "full fine-tuning"
+    kind = "BOFT" if config.get("use_boft") else "LoRA" if config.get("use_lora") else ""
     if config.get("use_boft"):
         size, number = config.get("boft_block_size"), config.get("boft_block_num")
         kind += f", m = {config.get('boft_n_butterfly_factor')}" + (f", b = {size}" if size else "")
         kind += f", {number} blocks" if number else ""
     elif config.get("use_lora"):
         kind += f", rank {config.get('rank')}"
+    if is_control(config):
+        light = config.get("controlnet") == "light" or (kind and config.get("controlnet") is None)
+        kind = f"{'light control' if light else 'ControlNet'}{' and ' if kind else ''}{kind}"
     steps = [line for line in metrics if "loss" in line]
-    found = [("method", kind), ("base", Path(str(config.get("pretrained_model_name_or_path"))).name)]
+    found = [
+        ("method", kind or "full fine-tuning"),
+        ("base", Path(str(config.get("pretrained_model_name_or_path"))).name),
+    ]
     if steps:
         found.append(("steps", f"{steps[-1]['step']:,} of {config.get('max_train_steps') or '–'}"))
     found += [("learning rate", f"{config.get('learning_rate'):g}"), ("batch", str(config.get("train_batch_size")))]
@@ -140,7 +166,7 @@ def facts(config: dict[str, Any], metrics: Sequence[dict[str, float]]) -> list[t
     speeds = sorted(line["images_per_second"] for line in steps if "images_per_second" in line)
     if speeds:
         found.append(("images a second", f"{speeds[len(speeds) // 2]:.1f}"))
-    for name in ("held_out_instance_loss", "rotation_degrees"):
+    for name in ("held_out_instance_loss", "held_out_loss", "edge_f1", "mask_miou", "rotation_degrees"):
         if values := [line[name] for line in metrics if name in line]:
             found.append((name.replace("_", " "), f"{values[-1]:.4g}"))
     return found
@@ -249,7 +275,8 @@ def picture(path: Path) -> str | None:
 def configuration(config: dict[str, Any]) -> list[dict[str, Any]]:
     """{title, settings: [{name, value, help, is_changed}]} by the groups of the trainer's settings."""
     rest, groups = dict(config), []
-    for group in typing.get_type_hints(DreamBoothConfig).values():
+    kind = ControlNetConfig if is_control(config) else DreamBoothConfig
+    for group in typing.get_type_hints(kind).values():
         settings, defaults = [], group()
         for field in fields(group):
             if field.name in rest:

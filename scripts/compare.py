@@ -136,6 +136,10 @@ def load_point(run: Path, base: str, point: Point, is_end: bool) -> StableDiffus
         pipeline = load_run(run)
     else:
         pipeline = load_base(base)
+        if not checkpoint.is_dir():
+            raise InputError(
+                f"{checkpoint}: is gone, it was removed when {run} was scored; remove the run to train it anew"
+            )
         if (checkpoint / "unet" / "adapter_config.json").is_file():
             load_adapter(pipeline, checkpoint)
         else:
@@ -184,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
     parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv, what made them to "
-                        "PATH.json and pictures to PATH.png")  # fmt: skip
+                        "PATH.json and pictures to PATH.webp")  # fmt: skip
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 0:
         raise InputError(f"--limit={args.limit}: must be 0 or more")
@@ -209,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.save:
         save(args.save, rows, facts)
         if picture := samples(pieces, grid):
-            save_picture(picture, args.save.with_suffix(".png"))
+            save_picture(picture, args.save.with_suffix(".webp"))
     return 0
 
 

@@ -3,17 +3,19 @@
 
     python scripts/compare_controls.py scripts/compare_controls.yaml             # goes on where it was
     python scripts/compare_controls.py scripts/compare_controls.yaml --limit=5   # five more runs, then the table
+    python scripts/compare_controls.py scripts/compare_controls.yaml --limit=0 --save=docs/results/controls
 
-A "subject" of the grid is a kind of control: canny, edges or mask. Learning rates are chosen on those of `selection`
-and reported on those of `report`. Each run goes through train_controlnet.py; pictures by controls of the part "test",
-which no training and no choice has seen, are scored by finetuning/control_evaluation.py. Pictures of the base without
-control are the floor, real renders the ceiling. The command may run several times at once; each takes what is free.
+A "subject" of the grid is a kind of control: canny, edges or mask. Learning rates are chosen on those of `selection`,
+by controls of the toy world's part "held out"; the best ones run on those of `report`, by controls of its part "test",
+which no training and no choice has seen. Each run goes through train_controlnet.py; scores: control_evaluation.py.
+Pictures of the base without control are the floor, real renders the ceiling. The command may run several times at
+once; each takes what is free.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
+from finetuning.comparison.answers import control_table, progress
 from finetuning.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.comparison.results import choose_table, facts_of, read_rows
+from finetuning.comparison.page import Facts, save
+from finetuning.comparison.results import choose_table, criterion, facts_of, read_rows
 from finetuning.comparison.running import pieces_of, run_grid
 from finetuning.config import InputError, run_command
 from finetuning.control_scoring import (
@@ -37,7 +39,7 @@ from finetuning.control_scoring import (
     score_control_run,
 )
 from finetuning.control_settings import MADE, RENDERED, ControlNetConfig
-from finetuning.score_table import Row, markdown, write, write_table
+from finetuning.score_table import markdown, write, write_table
 from toyworld.controls import Controls
 from toyworld.segmentation import load_segmentation
 
@@ -52,6 +54,8 @@ class ToyControls:
     scores = SCORES
 
     def faults(self, grid: Grid) -> Iterator[str]:
+        if grid.steps.values or grid.strengths.values:
+            yield "steps, strengths: controls are scored at the end and at full strength alone; remove them"
         if odd := set(grid.scoring) - {"images", "steps", "guidance", "precision"}:
             yield f"scoring: unknown key {', '.join(sorted(odd))}"
         for name in (*grid.selection.subjects, *grid.report.subjects):
@@ -64,7 +68,8 @@ class ToyControls:
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
         """Scores of a run's pictures, of those without control, and of real ones."""
         folder, scoring = piece.folder(grid), grid.scoring
-        test = ControlTest.of(folder, unseen_controls, load_segmentation, count=int(scoring.get("images", 64)))
+        controls = Controls if piece.phase == "selection" else unseen_controls
+        test = ControlTest.of(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
         drawing = Drawing(
             steps=int(scoring.get("steps", 20)),
             guidance_scale=float(scoring.get("guidance", 3)),
@@ -83,37 +88,13 @@ def unseen_controls(kind: str, part: str) -> Controls:
     return Controls(kind, "test" if part == "held out" else part)
 
 
-def table(rows: list[Row], pieces: list[Piece], grid: Grid) -> list[Row]:
-    """A row a method and kind of control: means over seeds ± their standard deviation; floor and ceiling."""
-    found: list[Row] = []
-    for kind in grid.report.subjects:
-        own = [row for row in rows if row["phase"] == "report" and row["individual"] == kind]
-        floor = [row for row in own if row["method"] == "base model"]
-        for method in dict.fromkeys(row["method"] for row in own if row not in floor):
-            part = [row for row in own if row["method"] == method]
-            facts = {"learning rate": f"{part[0]['learning_rate']:g}", "trained numbers": f"{part[0]['trained']:,}"}
-            found.append({"control": kind, "method": method, "seeds": len(part), **facts, **means(part)})
-        if floor:
-            found.append({"control": kind, "method": "without control (the base)", **means(floor)})
-            done = next(p for p in pieces if p.phase == "report" and p.subject == kind and p.is_complete(grid))
-            real = json.loads(done.scores(grid, Point(grid.last_step)).read_text(encoding="utf-8"))["real"]
-            found.append({"control": kind, "method": "real renders", **means([real])})
-    return found
-
-
-def means(rows: list[Row]) -> dict[str, str]:
-    found = {}
-    for name in SCORES:
-        values = np.array([row[name] for row in rows])
-        found[name] = f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file, see scripts/compare_controls.yaml")
     parser.add_argument("--limit", type=int, metavar="N", help="run at most N pieces of what is missing")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
+    parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv and what made them "
+                        "to PATH.json, for scripts/summarize.py")  # fmt: skip
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 0:
         raise InputError(f"--limit={args.limit}: must be 0 or more")
@@ -124,13 +105,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     pieces = pieces_of(grid, task)
     folder, rows = grid.output_dir / "results", read_rows(pieces, grid, SCORES)
-    found = table(rows, pieces, grid)
-    write_table(folder, "scores", found)
-    rates = choose_table(rows, grid.choose_by, SCORES, grid.selection_runs())
-    page = f"# Control at equal steps ({grid.last_step})\n\n{markdown(found) if found else 'No reported run yet.'}"
-    page += f"\nMeans ± standard deviation over seeds.\n\n## Learning rates\n\n{markdown(rates)}" if rates else ""
+    facts = Facts.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(args.grid)]))
+    page = f"# Control at equal steps ({facts.steps})\n\n"
+    page += f"`{facts.command}`, {facts.date}, {facts.machine}: {progress(rows, facts)}\n"
+    if found := control_table(rows, SCORES):
+        write_table(folder, "scores", found)
+        page += f"{markdown(found)}\nMeans ± standard deviation over seeds.\n"
+    if rates := choose_table(rows, facts.choose_by, SCORES, facts.selection):
+        page += f"\n## Learning rates, chosen by the largest {criterion(facts.choose_by)}\n\n{markdown(rates)}"
     write(folder / "README.md", page)
     print(page)
+    save(folder / "rows", rows, facts)
+    if args.save:
+        save(args.save, rows, facts)
     return 0
 
 

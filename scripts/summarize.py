@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Bring docs/results.md up to date with the result files beside it: its tables, its comparing sentences, its plots.
+"""Bring docs/results.md and README.md up to date with the result files: tables, comparing sentences, plots.
 
     python scripts/compare.py scripts/compare.yaml --limit=0 --save=docs/results/compare       # the files, from runs
-    python scripts/summarize.py                                                             # the page, from the files
+    python scripts/summarize.py                                                             # the pages, from the files
+    python scripts/summarize.py --results=DIR page.md                                       # other files, another page
 
 What stands between `<!-- NAME -->` and `<!-- end -->` is written by this command, the rest by people. A file that is
 not there yet leaves "Not yet." in its places.
@@ -12,38 +13,50 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.comparison import answers, page, plots
-from finetuning.comparison.results import choose_table, criterion, ends, summary, with_intervals
+from finetuning.comparison.results import choose_table, criterion, ends, summary, where, with_intervals
 from finetuning.config import InputError, run_command
-from finetuning.score_table import markdown, write
+from finetuning.score_table import Row, markdown, write
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 SHORT = ("subject_new", "context", "others", "leak", "drift")
 LEVELS = (0.5, 0.8, 0.9)
 PAIRS = (  # that the questions are about
     ("BOFT b=8 m=2", "LoRA r=11"),
     ("BOFT b=8 m=2", "LoRA r=5"),
-    ("BOFT b=8 m=2", "BOFT b=16 m=1"),
+    ("BOFT b=16 m=1", "LoRA r=11"),
     ("BOFT b=16 m=1", "OFT b=16"),
     ("BOFT b=8 m=2", "full fine-tuning"),
 )
+TITLES = {  # of the short table, in its order
+    "method": "", "trained": "trained numbers", "subject_new": "subject in new contexts", "context": "context right",
+    "others": "other captions right", "leak": "leak into the class", "drift": "drift",
+}  # fmt: skip
+DEPTH = (("BOFT b=8 m=2", "BOFT b=16 m=1"), ("BOFT b=2 m=4", "BOFT b=8 m=2"))
+COSTS = ("drift", "leak")
+OTHER = "LoRA r=11"  # stands beside the ablation
 NOT_YET = "Not yet.\n"
+RESULTS = "{results}"  # in links: the folder of the results, as the page sees it
 
 
 def main_blocks(folder: Path) -> dict[str, str]:
     """The texts that follow from the comparison, and its plots."""
-    names = ("progress", "selection", "means", "verdicts", "differences", "pictures", "steps", "strengths")
-    blocks = dict.fromkeys((*names, "strength-cost"), NOT_YET)
+    names = ("progress", "selection", "means", "verdicts", "differences", "pictures", "steps", "depth", "strengths")
+    blocks = dict.fromkeys((*names, "strength-cost", "comparison"), NOT_YET)
     if not (folder / "compare.csv").is_file():
         return blocks
     rows, facts = page.load(folder / "compare")
     blocks["progress"] = f"`{facts.command}`, {facts.date}, {facts.machine}: {answers.progress(rows, facts)}"
+    blocks["comparison"] = f"Not yet: {answers.progress(rows, facts)}"
     if table := choose_table(rows, facts.choose_by, facts.scores, facts.selection):
         plots.selection(table, criterion(facts.choose_by), folder / "selection.png")
         blocks["selection"] = markdown(table, ["method", "learning rate", "runs", "total", *SHORT, "chosen"])
@@ -54,21 +67,31 @@ def main_blocks(folder: Path) -> dict[str, str]:
     plots.scores(rows, folder / "scores.png")
     plots.tradeoff(rows, folder / "tradeoff.png")
     blocks["means"] = markdown(with_intervals(means)) + image(folder / "scores.png", "scores")
-    blocks["verdicts"] = "\n".join(f"* {answers.verdict(rows, a, b, facts.scores)}" for a, b in PAIRS) + "\n"
+    short = [{title: row[name] for name, title in TITLES.items()} for row in with_intervals(means)]
+    blocks["comparison"] = (
+        f"{blocks['progress']}\n{markdown(short)}{image(folder / 'tradeoff.png', 'fidelity against drift')}"
+    )
+    blocks["verdicts"] = bullets(answers.verdict(rows, a, b, facts.scores) for a, b in PAIRS)
+    blocks["depth"] = bullets(answers.verdict(rows, *pair, facts.scores) for pair in DEPTH)
     blocks["differences"] = answers.differences(rows, PAIRS, facts.scores)
     blocks["differences"] += image(folder / "tradeoff.png", "fidelity against drift")
-    blocks["pictures"] = image(folder / "compare.png", "pictures") or NOT_YET
+    blocks["pictures"] = image(folder / "compare.webp", "pictures") or NOT_YET
     for name, column, plot in (("steps", "step", plots.trajectories), ("strengths", "strength", plots.strengths)):
         if table := answers.curve_table(rows, column, SHORT):
             plot(rows, folder / f"{name}.png")
-            blocks[name] = table + image(folder / f"{name}.png", name)
+            said = [answers.cost_verdict(rows, column, *PAIRS[0], level, COSTS) for level in LEVELS[:2]]
+            blocks[name] = f"{bullets(said)}{image(folder / f'{name}.png', name)}\n{table}"
     blocks["strength-cost"] = answers.cost_table(rows, "strength", LEVELS[:2], ("strength", "drift")) or NOT_YET
     return blocks
 
 
+def bullets(sentences: Iterable[str]) -> str:
+    return "".join(f"* {sentence}\n" for sentence in sentences)
+
+
 def image(path: Path, text: str) -> str:
     """A link to a plot or picture, if it is there."""
-    return f"\n![{text}]({path.parent.name}/{path.name})\n" if path.is_file() else ""
+    return f"\n![{text}]({RESULTS}/{path.name})\n" if path.is_file() else ""
 
 
 def time_blocks(folder: Path) -> dict[str, str]:
@@ -88,12 +111,38 @@ def ablation_blocks(folder: Path) -> dict[str, str]:
     if not (folder / "ablation.csv").is_file():
         return {"ablation": NOT_YET}
     rows, facts = page.load(folder / "ablation")
+    text = f"`{facts.command}`, {facts.date}, {facts.machine}: {answers.progress(rows, facts)}\n"
+    plots.block_sizes(rows, folder / "block-sizes.png")
+    rows += beside(rows, folder)
     means, differences = summary(rows, facts.baseline, facts.scores)
-    columns = ["method", "trained", "runs", *SHORT]
-    text = f"`{facts.command}`, {facts.date}: {answers.progress(rows, facts)}\n"
-    text += markdown([{k: row.get(k) for k in columns} for row in means]) + f"\nDifference to {facts.baseline}:\n\n"
+    columns = ["method", "trained", "learning rate", "runs", *SHORT]
+    text += markdown(with_intervals([{k: row.get(k) for k in columns} for row in means]))
+    text += f"{image(folder / 'block-sizes.png', 'block size and depth')}\nDifference to {facts.baseline}:\n\n"
     return {"ablation": text + markdown(with_intervals([{k: r[k] for k in r if k.split(" ")[0] in (*SHORT, "method")}
                                                         for r in differences]))}  # fmt: skip
+
+
+def beside(rows: list[Row], folder: Path) -> list[Row]:
+    """The comparison's runs of `OTHER` on the same subjects and seeds, as at the end of training."""
+    if not (folder / "compare.csv").is_file():
+        return []
+    runs = {(row["individual"], row["seed"]) for row in ends(rows, "report")}
+    others = ends(where(page.load(folder / "compare")[0], method=OTHER), "report")
+    return [row for row in others if (row["individual"], row["seed"]) in runs]
+
+
+def control_blocks(folder: Path) -> dict[str, str]:
+    blocks = dict.fromkeys(("controls", "control-rates"), NOT_YET)
+    if not (folder / "controls.csv").is_file():
+        return blocks
+    rows, facts = page.load(folder / "controls")
+    progress = f"`{facts.command}`, {facts.date}, {facts.machine}: {answers.progress(rows, facts)}"
+    blocks["controls"] = f"Not yet: {progress}"
+    if table := answers.control_table(rows, facts.scores):
+        blocks["controls"] = f"{progress}\n{markdown(table)}\nMeans ± standard deviation over seeds.\n"
+    if rates := choose_table(rows, facts.choose_by, facts.scores, facts.selection):
+        blocks["control-rates"] = markdown(rates)
+    return blocks
 
 
 def speed_blocks(folder: Path) -> dict[str, str]:
@@ -107,31 +156,43 @@ def speed_blocks(folder: Path) -> dict[str, str]:
     return blocks
 
 
-def fill(text: str, blocks: dict[str, str]) -> str:
-    """The page with its blocks anew.
+def fill(path: Path, blocks: dict[str, str], folder: Path) -> set[str]:
+    """Write a page's blocks anew; returns their names.
 
     Raises:
-        InputError: the page lacks a block, or has one that nothing fills.
+        InputError: the page has a block that nothing fills, or none.
     """
+    text = path.read_text(encoding="utf-8")
     there = set(re.findall(r"<!-- ([\w-]+) -->", text)) - {"end"}
-    if odd := there ^ set(blocks):
-        raise InputError(f"blocks {', '.join(sorted(odd))}: in the page or in this script, but not in both")
-    for name, block in blocks.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    if odd := there - set(blocks):
+        raise InputError(f"{path}: nothing fills the blocks {', '.join(sorted(odd))}; there are: {', '.join(blocks)}")
+    if not there:
+        raise InputError(f"{path}: has no block, such as <!-- means --> … <!-- end -->")
+    link = Path(os.path.relpath(folder, path.parent)).as_posix()
+    for name in there:
+        pattern, block = rf"(<!-- {name} -->\n).*?(<!-- end -->)", blocks[name].replace(RESULTS, link)
         text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}{m[2]}", text, flags=re.DOTALL)
-    return text
+    write(path, text)
+    return there
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", default=ROOT / "docs" / "results.md")
+    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, help="whose blocks are written")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR", help="the files")
     args = parser.parse_args(argv)
-    if not args.page.is_file():
-        raise InputError(f"{args.page}: no such file; give the page whose tables are to be written")
-    folder = args.page.with_suffix("")
-    blocks = {**main_blocks(folder), **time_blocks(folder), **ablation_blocks(folder), **speed_blocks(folder)}
-    write(args.page, fill(args.page.read_text(encoding="utf-8"), blocks))
-    print(f"{args.page}: {sum(block != NOT_YET for block in blocks.values())} of {len(blocks)} parts are there")
+    for path in args.pages:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give the page whose tables are to be written")
+    if not args.results.is_dir():
+        raise InputError(f"--results={args.results}: no such folder; give the one with compare.csv and so on")
+    blocks = {}
+    for part in (main_blocks, time_blocks, ablation_blocks, control_blocks, speed_blocks):
+        blocks |= part(args.results)
+    for path in args.pages:
+        names = fill(path, blocks, args.results)
+        there = sum(not blocks[name].startswith("Not yet") for name in names)
+        print(f"{path}: {there} of {len(names)} parts are there")
     return 0
 
 

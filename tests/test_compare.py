@@ -14,6 +14,7 @@ from test_evaluation import load_script
 from finetuning.comparison import page, plots, results
 from finetuning.comparison.grid import Point, read_grid
 from finetuning.comparison.running import lock
+from finetuning.comparison.trainer import run_trainer
 from finetuning.config import InputError, run_command
 from toyworld.judge import AttributeJudge, InstanceJudge
 from toyworld.subjects import photos
@@ -114,6 +115,26 @@ def test_a_grid_of_two_runs_in_pieces(world, toy_base, tmp_path, capsys):
     first.unlink()
     assert command(path) == 2
     assert "another train_batch_size" in capsys.readouterr().err
+
+
+TRAINER = """
+import os
+def main(argv):
+    held = [os.readlink(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd")[:-1]]
+    print("held" if "{claim}" in held else "free", *argv)
+    return 3
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux which files are open")
+def test_a_trainer_holds_the_claim_and_says_how_it_ended(tmp_path):
+    """A worker that is killed leaves a trainer that still writes."""
+    claim, script, log = (tmp_path / name for name in ("claim", "a_trainer.py", "train.log"))
+    script.write_text(TRAINER.format(claim=claim))
+    with lock(claim) as descriptor:
+        assert run_trainer(script, Path("c.yaml"), log, [descriptor]) == 3
+        assert run_trainer(script, Path("d.yaml"), log) == 3
+    assert log.read_text().splitlines() == ["held --config=c.yaml", "free --config=d.yaml"]
 
 
 def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1, phase: str = "report") -> list[dict]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from test_evaluation import load_script
 sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
 
 from finetuning.config import run_command
+from finetuning.control_settings import ControlNetConfig
 from finetuning.picture import grid, save_picture
 from finetuning.report import POINTS, charts, read_metrics, thinned
 from finetuning.settings import DreamBoothConfig
@@ -28,12 +30,7 @@ def make_run(folder: Path, steps: int = 300) -> Path:
     """What a run leaves, in the trainer's formats."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    config = {
-        field: value
-        for group in DreamBoothConfig.__dataclass_fields__
-        for field, value in vars(_group(group)()).items()
-    }
-    config |= {
+    config = defaults(DreamBoothConfig) | {
         "instance_prompt": "a photo of qwe <mug>", "instance_data_dir": "photos", "use_boft": True,
         "boft_block_size": 8, "boft_n_butterfly_factor": 2, "max_train_steps": steps, "learning_rate": 8e-3,
         "validation_prompt": ["a qwe mug in the snow", "a qwe mug on the beach"], "resolution": 64,
@@ -67,15 +64,48 @@ def make_run(folder: Path, steps: int = 300) -> Path:
     return folder
 
 
-def _group(name: str):
-    import typing
+def make_control_run(folder: Path) -> Path:
+    """What a run of control leaves after 100 steps."""
+    folder.mkdir(parents=True)
+    config = defaults(ControlNetConfig) | {
+        "dataset_name": "toyworld", "conditioning": "mask", "use_boft": True, "boft_block_size": 8,
+        "max_train_steps": 100, "learning_rate": 1e-3, "conditioning_channels": 1,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(101):
+            if step:
+                file.write(json.dumps({"step": step, "loss": 0.1 + 1 / step, "learning_rate": 1e-3}) + "\n")
+            if step % 50 == 0:
+                line = {"step": step, "held_out_loss": 0.2, "edge_f1": 0.4 + step / 400, "mask_miou": 0.75}
+                file.write(json.dumps(line) + "\n")
+    for step in (0, 50, 100):
+        rows = [[draw_photo(step + 4 * i + k, (64, 64)) for k in range(4)] for i in range(3)]
+        picture = grid(rows, captions=["control", "result", "overlay"])
+        save_picture(picture, folder / "validation" / f"held-out-{step:06d}.png")
+    save_picture(picture, folder / "validation" / "consistency.png")
+    save_picture(picture, folder / "comparison.png")
+    table = [{"pictures of": name, "pictures": 4, "edge_f1": 0.625} for name in ("controlled", "real pictures")]
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "scores.json").write_text(json.dumps({"drawing": {}, "table": table}))
+    return folder
 
-    return typing.get_type_hints(DreamBoothConfig)[name]
+
+def defaults(kind: type) -> dict[str, object]:
+    """All settings of a trainer."""
+    return {name: v for group in typing.get_type_hints(kind).values() for name, v in vars(group()).items()}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     run = make_run(tmp_path_factory.mktemp("report") / "mug")
+    assert run_command(report.main, [str(run)]) == 0
+    return run / "report.html"
+
+
+@pytest.fixture(scope="module")
+def control_page(tmp_path_factory) -> Path:
+    run = make_control_run(tmp_path_factory.mktemp("report") / "control")
     assert run_command(report.main, [str(run)]) == 0
     return run / "report.html"
 
@@ -93,6 +123,17 @@ def test_a_report_is_self_contained_and_complete(page):
     curves = {curve["name"]: curve["points"] for chart in data for curve in chart["curves"]}
     assert [step for step, _ in curves["loss"]] == list(range(1, 301))
     assert len(curves["held out instance loss"]) == 3 and len(curves["rotation degrees"]) == 6
+
+
+def test_a_run_of_control_has_a_report(control_page):
+    text = control_page.read_text()
+    for words in ("Control: mask", "light control and BOFT, m = 1, b = 8", "Held-out controls", "Held-out over steps",
+                  "How the control is followed", "0.625", "found again", "Images and controls"):  # fmt: skip
+        assert words in text, words
+    assert text.count('data-step="') == 3 and "<h3>Other" not in text and "full fine-tuning" not in text
+    data = json.loads(re.search(r'id="charts">(.*?)</script>', text)[1])
+    assert [curve["name"] for curve in data[0]["curves"]] == ["edge f1", "mask miou"], "the signal comes first"
+    assert data[0]["curves"][0]["points"] == [[0, 0.4], [50, 0.525], [100, 0.65]]
 
 
 def test_a_run_that_has_just_begun_has_a_report(page, tmp_path):
@@ -136,7 +177,13 @@ SHOWN = (
 )
 
 
-def test_the_slider_moves_and_nothing_fails(page, browser):
+def test_the_slider_moves_and_nothing_fails(page, control_page, browser):
+    browser.ask("POST", "/url", url=control_page.as_uri())
+    browser.press(".album input", LEFT)
+    assert browser.run(SHOWN) == [50]
+    assert not (complaints := browser.complaints()), complaints
+    browser.screenshot(control_page.with_suffix(".png"))
+
     browser.ask("POST", "/url", url=page.as_uri())
     assert browser.run("return document.title") == "a photo of qwe <mug>"
     assert browser.run(SHOWN) == [300]

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+
+from ..evaluation import mean_and_interval
 from ..score_table import Row, markdown
 from .page import Facts
-from .results import difference, ends, methods_of, over, with_intervals
-
-LESS_IS_BETTER = ("leak", "drift", "prior_attributes", "prior_features")
+from .results import BASE, LESS_IS_BETTER, REAL, by_subject, difference, ends, methods_of, over, where, with_intervals
 
 
 def verdict(rows: Sequence[Row], method: str, other: str, scores: Sequence[str]) -> str:
@@ -68,6 +69,28 @@ def cost_table(rows: Sequence[Row], column: str, levels: Sequence[float], costs:
     return markdown(table) if table else ""
 
 
+def cost_verdict(rows: Sequence[Row], column: str, method: str, other: str, level: float, costs: Sequence[str]) -> str:
+    """One sentence: what reaching a level of `subject_new` costs two methods along their curves, paired by subject."""
+    pairs: dict[str, list[float]] = {cost: [] for cost in costs}
+    for individual in by_subject(ends(rows, "report"), method, "subject_new"):
+        a, b = (over(where(rows, individual=individual), name, column) for name in (method, other))
+        if len(a) > 2 and len(b) > 2:
+            for cost in costs:
+                pairs[cost].append(crossing(a, cost, "subject_new", level) - crossing(b, cost, "subject_new", level))
+    pairs = {cost: [value for value in values if not math.isnan(value)] for cost, values in pairs.items()}
+    count = len(pairs[costs[0]])
+    if count < 2:
+        return (
+            f"**{method} against {other} at subject_new = {level:g}**: not yet, {count} subjects reach it with both."
+        )
+    said = []
+    for cost, values in pairs.items():
+        mean, half = mean_and_interval(values)
+        side = "no difference shown" if abs(mean) <= half else "less" if mean < 0 else "more"
+        said.append(f"{side} {cost} ({mean:+.3f} ± {half:.3f})".replace("shown ", "shown on "))
+    return f"**{method} against {other} at subject_new = {level:g}**, {count} subjects: {'; '.join(said)}."
+
+
 def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[float]) -> str:
     """Seconds of training until the mean subject score in new contexts reaches a level, by the seconds of a step."""
     table = []
@@ -78,6 +101,29 @@ def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[
             row |= {f"s to {lv:g}": crossing(curve, "step", "subject_new", lv) * seconds[method] for lv in levels}
             table.append(row)
     return markdown(table) if table else ""
+
+
+def control_table(rows: Sequence[Row], scores: Sequence[str]) -> list[Row]:
+    """A row a method and kind of control: means over seeds ± their standard deviation; then floor and ceiling."""
+    reported, table = ends(rows, "report"), []
+    for kind in dict.fromkeys(row["individual"] for row in reported):
+        for method in methods_of(reported):
+            if own := where(reported, individual=kind, method=method):
+                facts = {
+                    "learning rate": f"{own[0]['learning_rate']:g}",
+                    "trained numbers": f"{int(own[0]['trained']):,}",
+                }
+                row = {"control": kind, "method": method, **facts, "seeds": f"{len(own)}"}
+                table.append(row | {name: _with_deviation(own, name) for name in scores})
+        for method, name in ((BASE, "no control (the base)"), (REAL, "real renders")):
+            if own := where(rows, phase="report", individual=kind, method=method):
+                table.append({"control": kind, "method": name, **{s: _with_deviation(own, s) for s in scores}})
+    return table
+
+
+def _with_deviation(rows: Sequence[Row], score: str) -> str:
+    values = np.array([row[score] for row in rows], dtype=float)
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def progress(rows: Sequence[Row], facts: Facts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation import mean_and_interval
 from ..score_table import Row, mean_of
-from .results import BASE, by_subject, ends, methods_of, over, where
+from .results import BASE, LESS_IS_BETTER, by_subject, ends, methods_of, over, where
 
 SHOWN = ("subject", "subject_new", "context", "others", "leak", "drift")
 FAR = ("subject", "subject_new")  # where the base model's line would hide all differences
@@ -26,6 +27,9 @@ NAMES = {
     "prior_attributes": "drift of the class: attributes",
     "prior_features": "drift of the class: features",
 }
+DIRECTIONS = {"context": ", more is better", "others": ", more is better"} | dict.fromkeys(
+    LESS_IS_BETTER, ", less is better"
+)
 
 
 def colours(rows: Sequence[Row]) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def scores(rows: Sequence[Row], path: Path, shown: Sequence[str] = SHOWN) -> Non
             axis.errorbar(mean, y, xerr=None if half != half else half, fmt="o", ms=7, color=colour[name], capsize=3)
         if score not in FAR and (base := where(rows, phase="report", method=BASE)):
             axis.axvline(mean_of(base, score), color="0.5", lw=1, ls=":")
-        axis.set_title(NAMES.get(score, score), loc="left", fontsize=10)
+        axis.set_title(f"{NAMES.get(score, score)}{DIRECTIONS.get(score, '')}", loc="left", fontsize=10)
         axis.set_yticks(range(len(names)), names)
         _plain(axis, "x")
     axes.flat[0].invert_yaxis()
@@ -72,7 +76,7 @@ def tradeoff(rows: Sequence[Row], path: Path) -> None:
         _plain(axis)
     axes[0].set_ylabel(NAMES["subject_new"])
     _legend(axes[1])
-    figure.suptitle("A dot a run, large dots the means", x=0.01, ha="left", fontsize=11)
+    figure.suptitle("Fidelity against its price: a dot a run, large dots the means", x=0.01, ha="left", fontsize=11)
     _save(figure, path)
 
 
@@ -114,6 +118,33 @@ def strengths(rows: Sequence[Row], path: Path) -> None:
         _plain(axis)
     _legend(axes[2])
     figure.suptitle("Strength of the trained adapter; 0 is the base model", x=0.01, ha="left", fontsize=11)
+    _save(figure, path)
+
+
+def block_sizes(rows: Sequence[Row], path: Path) -> None:
+    """Scores over the block size, a curve a number of factors; of methods that are named "b=8 m=2"."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    reported = ends(rows, "report")
+    for name in methods_of(reported):
+        if match := re.fullmatch(r"b=(\d+) m=(\d+)", name):
+            found.setdefault(int(match[2]), []).append((int(match[1]), name))
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, score in zip(axes, ("subject_new", "context", "drift")):
+        for m, sizes in sorted(found.items()):
+            x = [b for b, _ in sorted(sizes)]
+            each = [mean_and_interval(list(by_subject(reported, name, score).values())) for _, name in sorted(sizes)]
+            half = [0 if h != h else h for _, h in each]
+            axis.errorbar([b * 1.03 ** (m - 2) for b in x], [v for v, _ in each], half, fmt="o-", ms=5, capsize=3,
+                          color=colormaps["tab10"](m - 1), label=f"m = {m}")  # fmt: skip
+        axis.set_xscale("log", base=2)
+        ticks = sorted({b for sizes in found.values() for b, _ in sizes})
+        axis.set_xticks(ticks, ticks)
+        axis.set_xlabel("block size b")
+        axis.set_ylabel(f"{NAMES[score]}{DIRECTIONS.get(score, '')}")
+        _plain(axis)
+    _legend(axes[2])
+    figure.suptitle("Means over subjects with 95 % confidence intervals", x=0.01, ha="left", fontsize=11)
     _save(figure, path)
 
 

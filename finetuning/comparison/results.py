@@ -1,8 +1,8 @@
 """From the score files of a grid to rows, and from rows to chosen rates, means and differences with intervals.
 
-A row is a point of a run: {phase, method, learning_rate, individual, seed, step, strength, scores …}. The base model's
-scores are rows too, of the method `BASE`. Means and 95 % confidence intervals are over individuals, the seeds of an
-individual having been averaged: pictures and seeds of one individual are not independent.
+A row is a point of a run: {phase, method, learning_rate, individual, seed, step, strength, scores …}. What runs are
+held against are rows too: the base model and, where a task has them, real pictures. Means and their 95 % confidence
+intervals are over individuals, the seeds of one having been averaged: its pictures and seeds are not independent.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 from safetensors import safe_open
 
 from ..config import InputError
 from ..evaluation import mean_and_interval
 from ..report import read_metrics
-from ..run import METRICS
+from ..run import CONFIG, METRICS
 from ..score_table import Row, mean_of
 from .grid import Grid, Piece
 
-BASE = "base model"
+BASE, REAL = "base model", "real pictures"
+LESS_IS_BETTER = ("leak", "drift", "prior_attributes", "prior_features")
 PARTS = ("unet", "text_encoder", "hint_encoder", "controlnet", ".")  # "." where diffusers has a ControlNet
 
 
 def read_rows(pieces: Iterable[Piece], grid: Grid, scores: Sequence[str]) -> list[Row]:
-    """One row for each point that is scored, those of the base model last.
+    """One row for each point that is scored, then those of the base model and of real pictures.
 
     Raises:
         InputError: scored otherwise than the grid says.
     """
-    rows, base = [], {}
+    rows, references = [], {}
     for piece in pieces:
         for point in piece.points(grid):
             if not (path := piece.scores(grid, point)).is_file():
@@ -42,17 +44,24 @@ def read_rows(pieces: Iterable[Piece], grid: Grid, scores: Sequence[str]) -> lis
             key = {"phase": piece.phase, "method": piece.method.name, "learning_rate": piece.learning_rate}
             key |= {"individual": piece.subject, "seed": piece.seed, "step": point.step, "strength": point.strength}
             rows.append({**key, **{s: found["tuned"][s] for s in scores}, **found["facts"]})
-            key = {"phase": piece.phase, "method": BASE, "individual": piece.subject}
-            base[piece.subject] = {**key, **{s: found["base"][s] for s in scores}}
-    return [*rows, *base.values()]
+            for method, name in ((BASE, "base"), (REAL, "real")):
+                if name in found:
+                    key = {"phase": piece.phase, "method": method, "individual": piece.subject}
+                    references[method, piece.subject] = {**key, **{s: found[name][s] for s in scores}}
+    return [*rows, *references.values()]
 
 
 def facts_of(folder: Path) -> dict[str, float]:
     """Numbers that a run has trained, and its median speed."""
-    trained = 0
-    for path in (p for part in PARTS for p in (folder / part).glob("*.safetensors")):
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    trained, parts = 0, set(PARTS)
+    if (folder / "model_index.json").is_file():  # a pipeline, which has what was not trained as well
+        parts = {"unet", "text_encoder"} if config["train_text_encoder"] else {"unet"}
+    frozen = ".boft_s" if config.get("boft_scale_learning_rate") == 0 else None
+    for path in (p for part in parts for p in (folder / part).glob("*.safetensors")):
         with safe_open(path, "np") as file:
-            trained += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+            names = [name for name in file.keys() if frozen is None or not name.endswith(frozen)]  # noqa: SIM118
+            trained += sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
     speeds = [line["images_per_second"] for line in read_metrics(folder / METRICS) if "images_per_second" in line]
     return {"trained": trained, "images_per_second": float(np.median(speeds)) if speeds else float("nan")}
 
@@ -70,8 +79,8 @@ def ends(rows: Iterable[Row], phase: str) -> list[Row]:
 
 
 def methods_of(rows: Iterable[Row]) -> list[str]:
-    """Names of the methods in the order of their first row, without the base model."""
-    return [name for name in dict.fromkeys(row["method"] for row in rows) if name != BASE]
+    """Names of the methods in the order of their first row."""
+    return [name for name in dict.fromkeys(row["method"] for row in rows) if name not in (BASE, REAL)]
 
 
 def choose_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> dict[str, float]:

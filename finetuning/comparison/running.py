@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,8 +21,8 @@ from ..config import InputError, RunError
 from ..score_table import as_json, write
 from .grid import Grid, Piece, Task
 from .results import choose_rates, read_rows
+from .trainer import run_trainer
 
-PATIENCE = 15  # seconds that an interrupted trainer has to end by itself
 Pieces = Callable[[], Sequence[Piece]]
 
 
@@ -128,18 +127,7 @@ def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> No
     if (folder / "trained").exists():
         return
     log = folder / "train.log"
-    command = [sys.executable, str(task.trainer), f"--config={path}"]
-    with open(log, "a", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=locks)
-        try:
-            code = process.wait()
-        except BaseException:  # Ctrl-C reaches the trainer too, which saves a checkpoint unless it is told twice
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
-            raise
+    code = run_trainer(task.trainer, path, log, locks)
     if code < 0:
         raise RunError(f"{folder}: the trainer was stopped by signal {-code}; the same command goes on")
     if code:
