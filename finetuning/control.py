@@ -89,6 +89,22 @@ def hinted(unet: UNet2DConditionModel, hint: torch.Tensor, guess_mode: bool = Fa
         handle.remove()
 
 
+def take_residuals(unet: UNet2DConditionModel) -> None:
+    """Let a ControlNet's residuals come in any precision: the trained one's are float32, the frozen UNet may be half.
+
+    On a CPU their sum, float32, would be an error in the UNet's next normalization.
+    """
+
+    def cast(module, arguments, options):
+        dtype = next(p.dtype for p in module.parameters() if not p.requires_grad)
+        if (down := options.get("down_block_additional_residuals")) is not None:
+            options["down_block_additional_residuals"] = [residual.to(dtype) for residual in down]
+            options["mid_block_additional_residual"] = options["mid_block_additional_residual"].to(dtype)
+        return arguments, options
+
+    unet.register_forward_pre_hook(cast, with_kwargs=True)
+
+
 def predict(
     unet: nn.Module,
     control: nn.Module,

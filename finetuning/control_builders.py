@@ -15,7 +15,7 @@ from PIL import Image
 from .adapter import Adapter, train_fully
 from .builders import build_adapter
 from .config import InputError
-from .control import PARTS, make_full, make_light
+from .control import PARTS, make_full, make_light, take_residuals
 from .control_conditions import canny, read_bands, stack
 from .control_data import ControlStream, carve
 from .control_evaluation import Detector, EdgeDetector, MaskDetector, load_segmenter
@@ -37,6 +37,7 @@ def build_control(base: StableDiffusion, config: ControlNetConfig) -> dict[str, 
     else:
         name = settings.controlnet_model_name_or_path
         module = make_full(base.unet, base.vae_scale, settings.conditioning_channels, name)
+        take_residuals(base.unet)
     module.to(base.unet.device)
     adapters = {PARTS[kind]: train_fully(module)}
     if config.uses_adapter:

@@ -21,7 +21,7 @@ from .config import InputError
 from .dataset import find_images, open_image
 from .picture import save_picture
 from .randomness import generator
-from .score_table import write
+from .text_file import write
 
 RECORD = "record.json"
 PARTS = ("unet", "text_encoder", "hint_encoder", ".")  # where a run has weights; a ControlNet lies at its root

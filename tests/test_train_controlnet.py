@@ -33,6 +33,7 @@ from scripts import compare_controls, evaluate, generate
 
 SMALL = ("--checkpointing_steps=2", "--validation_steps=4", "--random_flip", "--proportion_empty_prompts=0.3",
          "--control_learning_rate=1e-3", "--boft_dropout=0.3", "--lr_scheduler=linear")  # fmt: skip
+FULL = ("--checkpointing_steps=2", "--validation_steps=4", "--use_ema", "--mixed_precision=bf16")
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,7 @@ def test_the_result_draws_by_a_control(finished):
 
 def test_a_resumed_full_run_equals_the_run_left_alone(finished, toy_base, tmp_path):
     alone, resumed = (
-        control_flags(toy_base, finished / "data", tmp_path / name, "--checkpointing_steps=2", "--use_ema", adapter=())
-        for name in ("alone", "resumed")
+        control_flags(toy_base, finished / "data", tmp_path / name, *FULL, adapter=()) for name in ("alone", "resumed")
     )
     assert run_control(*alone) == 0
     shutil.copytree(tmp_path / "alone" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
