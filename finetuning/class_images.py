@@ -65,8 +65,10 @@ def check_record(folder: Path, record: dict) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{FLAG}={folder}: {RECORD} is damaged; remove it and class-*.png to regenerate") from None
+    except (ValueError, OSError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{FLAG}={folder}: {RECORD} is damaged; remove it and class-*.png to regenerate")
     differing = [k for k in record if k not in ("model", "revision") and found.get(k) != record[k]]
     if differing:
         differences = "; ".join(f"{k} was {_brief(found.get(k))}, is now {_brief(record[k])}" for k in differing)

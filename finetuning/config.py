@@ -25,6 +25,9 @@ from .text_file import write
 
 C = TypeVar("C", bound="Config")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SUCH_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 MEMORY_FULL = ("out of memory", "can't allocate memory")  # in torch's RuntimeErrors, on GPUs and CPUs
 
 
@@ -211,7 +214,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     try:
         return main([a for a in argv if a != "--debug"]) or 0
     except (InputError, RunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL and not isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno not in (*DISK_FULL, *NO_SUCH_PLACE):
             raise
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in MEMORY_FULL):
             raise
@@ -222,6 +225,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             code = 2
         elif isinstance(error, PermissionError):
             code, message = 2, f"{error.filename}: no permission; change its permissions or name another place"
+        elif isinstance(error, OSError) and error.errno in NO_SUCH_PLACE:
+            code, message = 2, f"{error.filename}: {error.strerror}; name another place"
         elif isinstance(error, KeyboardInterrupt):
             code, message = 130, "interrupted"
         elif isinstance(error, OSError):
@@ -261,6 +266,8 @@ class _Parser(argparse.ArgumentParser):
 def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str | None):
     parser = _Parser(
         description=description,
+        epilog="Each switch --x has its opposite, --no_x. Of a flag that is given twice the last one counts.",
+        usage="%(prog)s [--config run.yaml] [--flag=value …]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -268,7 +275,7 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with any of these settings; flags override it, and of a flag given twice the last one counts",
+        help="YAML file with any of these settings, under the same names; flags override it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     names = {"config", "debug"}
@@ -364,6 +371,8 @@ def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
         flag = f"--{field.name}={show(v)}"
         if rules["choices"] is not None and v not in rules["choices"]:
             return f"{flag}: must be one of {', '.join(rules['choices'])}{_nearest(str(v), rules['choices'])}"
+        if isinstance(v, str) and ("\0" in v or v.encode(errors="ignore").decode() != v):
+            return f"--{field.name}={v!r}: holds what is no text in UTF-8"
         if isinstance(value, str) and not v.strip() and v != field.default:
             return f"{flag}: is empty, perhaps from a variable that is not set; a value is needed, or drop the flag"
         if rules["minimum"] is not None and v < rules["minimum"]:

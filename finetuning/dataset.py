@@ -114,7 +114,7 @@ def _natural(path: Path) -> list:
 
 def _read_metadata(path: Path, flag: str) -> dict[str, str]:
     """{file name: caption} of an image folder's metadata.jsonl, as `datasets` reads it (file_name, text or prompt)."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     captions = {}
     for number, line in enumerate(_read_text(path, flag).splitlines(), 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from . import class_images
@@ -10,6 +11,8 @@ from .dataset import Example, ImageStream, Transform
 from .run import Run, check_writable
 from .sampling import Sampler
 from .settings import PriorSettings
+
+logger = logging.getLogger(__name__)
 
 
 def build_prior_stream(
@@ -48,6 +51,10 @@ def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, see
     """Raises InputError if the folder of class images cannot be used as it is."""
     folder = Path(settings.class_data_dir)
     check_writable(folder, class_images.FLAG)
+    if unused := settings.class_prompt[settings.num_class_images :]:
+        logger.warning(
+            "--num_class_images=%d: too few for the last %d of --class_prompt", settings.num_class_images, len(unused)
+        )
     own = class_images.own_images(folder, settings.class_prompt)
     if len(own) < settings.num_class_images:
         class_images.check_record(folder, class_image_record(settings, sampler, fingerprint, seed))

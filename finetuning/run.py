@@ -181,8 +181,19 @@ class Run:
         self.accelerator.backward(loss)
 
     def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-        """Clip the norm of all gradients together; returns it."""
-        return self.accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm)
+        """Clip the norm of all gradients together; returns it.
+
+        Raises:
+            RunError: it is not finite. (In float16 that is expected now and then: the scaler leaves the step out.)
+        """
+        parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        if self.scaler is None and not torch.isfinite(norm):  # note: a sync point on GPUs, as logging is
+            raise RunError(
+                "the run has diverged: its gradients are no longer finite. No weights were spoilt by them, and "
+                "checkpoints stand; lower --learning_rate, or look at whether the base model's weights are sound"
+            )
+        return norm
 
     def wait(self) -> None:
         """Until all processes are here."""

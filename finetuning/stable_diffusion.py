@@ -196,21 +196,31 @@ def load_stable_diffusion(
     _check_name(name)
     if tokenizer_name is not None and not Path(tokenizer_name).is_dir() and "/" not in tokenizer_name:
         raise InputError(f"--tokenizer_name={tokenizer_name}: no such folder")
+    if revision is not None and Path(name).is_dir():
+        raise InputError(f"--revision={revision}: {name} is a folder, which has no revisions; drop the flag")
     options = {"revision": revision}
     weights = {**options, "variant": variant, "torch_dtype": torch.float32}
     with _explained(name, revision, variant):
         config = DiffusionPipeline.load_config(name, **options)
     _check_layout(name, config)
     with _explained(name, revision, variant):
+        text_encoder, loading = CLIPTextModel.from_pretrained(
+            name,
+            subfolder="text_encoder",
+            revision=revision,
+            variant=variant,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if missing := sorted(loading["missing_keys"]):  # would be random; diffusers' parts refuse by themselves
+            raise ValueError(f"the weights of the text encoder lack {', '.join(missing)}")
         base = StableDiffusion(
             name=name,
             revision=revision,
             tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
             if tokenizer_name is None
             else CLIPTokenizer.from_pretrained(tokenizer_name),
-            text_encoder=CLIPTextModel.from_pretrained(
-                name, subfolder="text_encoder", revision=revision, variant=variant, dtype=torch.float32
-            ),
+            text_encoder=text_encoder,
             vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
             unet=UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights),
             scheduler=_scheduler_class(config).from_pretrained(name, subfolder="scheduler", **options),

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_photo
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training import flags, run
 
 from finetuning.config import InputError, RunError
@@ -70,6 +72,13 @@ def base(change):
         return [f"--pretrained_model_name_or_path={folder}"]
 
     return make
+
+
+def without_a_weight(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if "layer_norm" in name)]
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def edit_json(path: str, **values):
@@ -215,6 +224,7 @@ CASES = {
     "a caption that is a number": (captioned('{"file_name": "0.png", "text": 5}'), ["line 1", "text"]),
     "no prompt": (["--instance_prompt="], ["--instance_prompt", "needed"]),
     "a prompt of blanks": (["--instance_prompt=  "], ["--instance_prompt", "needed"]),
+    "a prompt in Latin-1": (["--instance_prompt=caf\udce9"], ["--instance_prompt=", "UTF-8"]),
     "a long prompt": (["--instance_prompt=" + "a photo of mug " * 9], ["--instance_prompt", "38 tokens", "reads 24"]),
     "a long caption": (
         lambda case: (case.photos / "0.txt").write_text("mug " * 30) and None, ["32 tokens", "shorten"],
@@ -274,6 +284,8 @@ CASES = {
     "an index that names no scheduler": (
         base(edit_json("model_index.json", scheduler=["diffusers", "NoScheduler"])), ["NoScheduler"],
     ),
+    "a text encoder that lacks weights": (base(without_a_weight), ["text encoder lack", "layer_norm"]),
+    "a revision of a folder": (["--revision=main"], ["--revision=main", "drop the flag"]),
     "a scheduler without its settings": (
         base(lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink()), ["cannot be loaded"],
     ),
@@ -290,6 +302,7 @@ CASES = {
         lambda case: case.prior(f"--class_data_dir={case.photos / '0.png'}"), ["--class_data_dir", "is a file"],
     ),
     "class images without a record": (class_folder(("class-00000.png", "")), ["record.json is missing"]),
+    "a record of another kind": (class_folder(("class-00000.png", ""), ("record.json", "[]")), ["is damaged"]),
     "a damaged record": (class_folder(("class-00000.png", ""), ("record.json", "{")), ["record.json is damaged"]),
     "class images made otherwise": (
         class_folder(("class-00000.png", ""), ("record.json", '{"prompts": ["a cat"]}')), ["prompts was", "a cat"],
@@ -299,6 +312,7 @@ CASES = {
         class_folder(("mine.png", ""), more=("--class_prompt", "a", "b")), ["mine.png has no caption", "2 prompts"],
     ),
     # Output and checkpoints
+    "a name that is too long": ([f"--output_dir=data/{'x' * 300}"], ["xxx", "name another place"]),
     "an output folder without a name": (["--output_dir="], ["--output_dir=: is empty"]),
     "output among the photos": (lambda case: [f"--output_dir={case.photos}"], ["is --instance_data_dir too"]),
     "a file for the output folder": (
@@ -387,6 +401,34 @@ def test_a_run_error_is_one_line_and_exit_code_1(capsys):
 
     assert run_command(fail, []) == 1
     assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_memory_that_runs_out_is_one_line_and_other_errors_are_shown(capsys):
+    from finetuning.config import run_command
+
+    def raising(error):
+        def fail(argv):
+            raise error
+
+        return fail
+
+    cuda, cpu = "CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory: you tried"
+    for error in (RuntimeError(cuda), RuntimeError(cpu), MemoryError()):
+        assert run_command(raising(error), []) == 1
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: out of memory: {error}") and "--train_batch_size" in message
+    with pytest.raises(RuntimeError, match="another"):
+        run_command(raising(RuntimeError("another")), [])
+
+
+def test_a_run_that_diverges_stops_before_its_weights_are_spoilt(toy_base, tmp_path, capsys):
+    case = Case(tmp_path, toy_base)
+    more = ["--learning_rate=1e30", "--checkpointing_steps=1"]
+    assert run(*flags(case.base, case.photos, case.output, *more)) == 1
+    error = capsys.readouterr().err
+    assert "has diverged" in error and "--learning_rate" in error and "Traceback" not in error
+    for path in case.output.glob("checkpoint-*/unet/*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "I;16", "L", "P"])
