@@ -202,12 +202,12 @@ def thinned(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[
 def score_tables(run: Path) -> list[dict[str, Any]]:
     """{title, columns: [(name, meaning)], rows: [[text]]} for each file of scores that is there."""
     tables = []
-    if judged := _read_json(run / "scores.json"):
+    scored = _read_json(run / "evaluation" / "scores.json") or {}
+    if "table" not in scored and (judged := _read_json(run / "scores.json")):
         rows = [
             {"model": label, **judged[key]} for key, label in (("base", "base"), ("tuned", "tuned")) if key in judged
         ]
         tables.append(_table("Judged by the toy world", rows))
-    scored = _read_json(run / "evaluation" / "scores.json") or {}
     if "table" in scored:
         tables.append(_table("How the control is followed", scored["table"]))
     elif scored:

@@ -81,7 +81,7 @@ def cost_verdict(rows: Sequence[Row], column: str, method: str, other: str, leve
     count = len(pairs[costs[0]])
     if count < 2:
         return (
-            f"**{method} against {other} at subject_new = {level:g}**: not yet, {count} subjects reach it with both."
+            f"**{method} against {other} at subject_new = {level:g}**: too few subjects reach it with both ({count})."
         )
     said = []
     for cost, values in pairs.items():
