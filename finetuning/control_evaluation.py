@@ -243,7 +243,8 @@ def overlay(picture: Image.Image, condition: torch.Tensor, side: int = 192) -> I
     """A picture with its control over it; a map of segments by its borders. Small ones are enlarged."""
     side = max(side, *picture.size)
     control = condition.float().amax(0).cpu().numpy()
-    if control.mean() > 0.25:  # areas rather than lines
+    width = max(3, len(control) // 16)
+    if cv2.erode(control, np.ones((width, width), np.uint8)).sum() > 0.2 * control.sum():  # areas, not lines
         control = cv2.morphologyEx(control, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8))
     alpha = cv2.resize(control, (side, side), interpolation=cv2.INTER_LINEAR)[..., None].clip(0, 1)
     image = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), np.float32)

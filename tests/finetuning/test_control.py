@@ -9,7 +9,15 @@ from control_training import edges_of
 from PIL import Image
 
 from finetuning.control import HintEncoder, hinted, make_full, make_light, predict
-from finetuning.control_evaluation import EdgeDetector, MaskDetector, consistency, edge_scores, mean_iou, references
+from finetuning.control_evaluation import (
+    EdgeDetector,
+    MaskDetector,
+    consistency,
+    edge_scores,
+    mean_iou,
+    overlay,
+    references,
+)
 from finetuning.control_pipeline import control_pipeline
 from finetuning.stable_diffusion import load_stable_diffusion
 
@@ -162,3 +170,13 @@ def test_failures_are_counted_and_controls_that_are_edges_are_the_reference():
     assert result.failures == {"edges": 0, "mask": 1} and result.scores["mask_miou"] == 1
     assert result.each[1]["edge_f1"] == 0 and "mask_miou" not in result.each[1]
     assert result.scores["edge_f1"] == pytest.approx(result.each[0]["edge_f1"] / 2)
+
+
+def test_lines_lie_over_a_picture_and_areas_by_their_borders():
+    picture = Image.new("RGB", (64, 64))
+    lines, area = torch.zeros(2, 1, 64, 64)
+    lines[:, 20:22] = 1
+    area[:, 16:32, 16:32] = 1  # a sixteenth of it
+    over_lines, over_area = (np.asarray(overlay(picture, control, side=64)) for control in (lines, area))
+    assert over_lines[20, 40].max() > 100 and over_lines[40, 40].max() == 0
+    assert over_area[24, 24].max() == 0 and over_area[16, 24].max() > 100
