@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -58,8 +61,17 @@ def run_in_two(*arguments: object) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_one_of_two, (port, arguments), nprocs=2, start_method=START_METHOD)
-    return 0
+    context = multiprocessing.get_context(START_METHOD)
+    processes = [context.Process(target=_one_of_two, args=(rank, port, arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    wait([process.sentinel for process in processes])
+    if any(process.exitcode for process in processes):
+        for process in processes:
+            process.kill()  # after SIGTERM the other one would wait for it
+    for process in processes:
+        process.join()
+    return max(abs(process.exitcode) for process in processes)
 
 
 def _one_of_two(rank: int, port: int, arguments: Sequence[object]) -> None:
@@ -68,7 +80,7 @@ def _one_of_two(rank: int, port: int, arguments: Sequence[object]) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    assert run(*arguments) == 0
+    sys.exit(run(*arguments))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
