@@ -29,6 +29,7 @@ from .trackers import TensorBoard, WandB
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+DIVERGED = "the run has diverged"
 CONFIG = "config.yaml"
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -190,7 +191,7 @@ class Run:
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
         if self.scaler is None and not torch.isfinite(norm):  # note: a sync point on GPUs, as logging is
             raise RunError(
-                "the run has diverged: its gradients are no longer finite. No weights were spoilt by them, and "
+                f"{DIVERGED}: its gradients are no longer finite. No weights were spoilt by them, and "
                 "checkpoints stand; lower --learning_rate, or look at whether the base model's weights are sound"
             )
         return norm

@@ -13,9 +13,9 @@ from test_evaluation import load_script
 
 from finetuning.comparison import page, plots, results
 from finetuning.comparison.grid import Point, read_grid
-from finetuning.comparison.running import lock
+from finetuning.comparison.running import lock, run_missing
 from finetuning.comparison.trainer import run_trainer
-from finetuning.config import InputError, run_command
+from finetuning.config import InputError, RunError, run_command
 from toyworld.judge import AttributeJudge, InstanceJudge
 from toyworld.subjects import photos
 
@@ -135,6 +135,28 @@ def test_a_trainer_holds_the_claim_and_says_how_it_ended(tmp_path):
         assert run_trainer(script, Path("c.yaml"), log, [descriptor]) == 3
         assert run_trainer(script, Path("d.yaml"), log) == 3
     assert log.read_text().splitlines() == ["held --config=c.yaml", "free --config=d.yaml"]
+
+
+FAILING = """
+import sys
+def main(argv):
+    print("error: the run has diverged: its gradients" if "lr-0.1" in argv[0] else "something else")
+    return 1
+"""
+
+
+def test_runs_that_diverge_are_not_tried_again_and_those_that_fail_are(grid, tmp_path):
+    class Failing(compare.ToySubjects):
+        trainer = tmp_path / "failing_trainer.py"
+
+    Failing.trainer.write_text(FAILING)
+    pieces, task = [p for p in grid.selection_pieces() if p.learning_rate < 0.3], Failing()
+    with pytest.raises(RunError, match=r"lr-0\.2.*something else.*\n.*lr-0\.2.*something else"):
+        run_missing(lambda: pieces, grid, task, 9, lambda name: None)
+    assert [piece.is_complete(grid) for piece in pieces] == [True, False] * 2
+    rows = [{**row, "step": 9} for row in results.read_rows(pieces, grid, TASK.scores) if row["method"] == "a"]
+    rows += rows_of({("a", "boat", 0): 1.0}, 0.2, "selection") + rows_of({("a", "boat", 0): 0.5}, 0.3, "selection")
+    assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.2}, "what diverged is never chosen"
 
 
 def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1, phase: str = "report") -> list[dict]:

@@ -142,8 +142,12 @@ class Piece:
             name += f"-strength-{point.strength:g}"
         return self.folder(grid) / f"{name}.json"
 
+    def diverged(self, grid: Grid) -> Path:
+        """A file that is there if the run can never have scores."""
+        return self.folder(grid) / "diverged"
+
     def is_complete(self, grid: Grid) -> bool:
-        return all(self.scores(grid, point).is_file() for point in self.points(grid))
+        return self.diverged(grid).is_file() or all(self.scores(grid, point).is_file() for point in self.points(grid))
 
     def settings(self, grid: Grid, task: Task) -> dict[str, Any]:
         """All flags of the trainer."""

@@ -8,6 +8,7 @@ intervals are over individuals, the seeds of one having been averaged: its pictu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,11 +31,18 @@ PARTS = ("unet", "text_encoder", "hint_encoder", "controlnet", ".")  # "." where
 def read_rows(pieces: Iterable[Piece], grid: Grid, scores: Sequence[str]) -> list[Row]:
     """One row for each point that is scored, then those of the base model and of real pictures.
 
+    A run of the selection that has diverged is a row without scores; a reported one is none.
+
     Raises:
         InputError: scored otherwise than the grid says.
     """
     rows, references = [], {}
     for piece in pieces:
+        if piece.phase == "selection" and piece.diverged(grid).is_file():
+            key = {"phase": piece.phase, "method": piece.method.name, "learning_rate": piece.learning_rate}
+            key |= {"individual": piece.subject, "seed": piece.seed, "step": grid.last_step, "strength": 1.0}
+            rows.append({**key, **dict.fromkeys(scores)})
+            continue
         for point in piece.points(grid):
             if not (path := piece.scores(grid, point)).is_file():
                 continue
@@ -104,10 +112,12 @@ def choose_table(
         for rate in sorted({row["learning_rate"] for row in runs}):
             own = where(runs, learning_rate=rate)
             means = {s: mean_of(own, s) for s in scores}
-            total = sum(weight * means[s] for s, weight in choose_by.items())
+            has_diverged = any(row[s] is None for row in own for s in scores)
+            total = math.nan if has_diverged else sum(weight * means[s] for s, weight in choose_by.items())
             tried.append({"method": method, "learning rate": f"{rate:g}", "runs": len(own), "total": total, **means})
-        if len(runs) == planned[method]:
-            best = max(tried, key=lambda row: row["total"])
+        sound = [row for row in tried if not math.isnan(row["total"])]
+        if len(runs) == planned[method] and sound:
+            best = max(sound, key=lambda row: row["total"])
             is_edge = len(tried) > 1 and best in (tried[0], tried[-1])
             best["chosen"] = "yes, at the edge of what was tried" if is_edge else "yes"
         table += tried

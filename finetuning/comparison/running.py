@@ -18,11 +18,13 @@ from pathlib import Path
 import yaml
 
 from ..config import InputError, RunError
+from ..run import DIVERGED
 from ..score_table import as_json, write
 from .grid import Grid, Piece, Task
 from .results import choose_rates, read_rows
 from .trainer import run_trainer
 
+FAILURES = 3  # runs that fail before a process gives up: one may be an accident
 Pieces = Callable[[], Sequence[Piece]]
 
 
@@ -51,21 +53,34 @@ def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callabl
 
     Args:
         pieces: is asked anew after every run, because reported runs follow from what the others have shown.
+
+    Raises:
+        RunError: some trainers have failed; the others have run first, unless there are FAILURES of them.
     """
-    for count in range(limit):
-        with claim_next(pieces(), grid, task) as (piece, locks):
+    errors: dict[Path, RunError] = {}
+    count = 0
+    while count < limit and len(errors) < FAILURES:
+        left = [piece for piece in pieces() if piece.folder(grid) not in errors]
+        with claim_next(left, grid, task) as (piece, locks):
             if piece is None:
-                return count
+                break
+            count += 1
             say(str(piece.folder(grid).relative_to(grid.output_dir / "runs")))
-            train(piece, grid, task, locks)
+            try:
+                is_trained = train(piece, grid, task, locks)
+            except RunError as error:
+                errors[piece.folder(grid)] = error
+                continue
             if images := shared_folder(piece, grid, task):
                 images.with_suffix(".complete").touch()
-            for point in piece.points(grid):
+            for point in piece.points(grid) if is_trained else ():
                 if not piece.scores(grid, point).is_file():
                     write(piece.scores(grid, point), as_json(task.score(piece, point, grid)))
             for checkpoint in piece.folder(grid).glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-    return limit
+    if errors:
+        raise RunError("\n".join(map(str, errors.values())))
+    return count
 
 
 @contextmanager
@@ -111,8 +126,8 @@ def shared_folder(piece: Piece, grid: Grid, task: Task) -> Path | None:
     return Path(folder) if folder else None
 
 
-def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> None:
-    """Run the trainer, or what is left of an interrupted run.
+def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> bool:
+    """Run the trainer, or what is left of an interrupted run; False = it has diverged, as it will every time.
 
     Raises:
         InputError: the folder holds a run with other settings.
@@ -125,12 +140,16 @@ def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> No
         raise InputError(f"{folder}: was run with another {', '.join(names)}; give another output_dir or remove it")
     write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     if (folder / "trained").exists():
-        return
+        return True
     log = folder / "train.log"
     code = run_trainer(task.trainer, path, log, locks)
     if code < 0:
         raise RunError(f"{folder}: the trainer was stopped by signal {-code}; the same command goes on")
     if code:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no output"])[-1]
+        if DIVERGED in last:
+            write(piece.diverged(grid), last)
+            return False
         raise RunError(f"{folder}: the trainer ended with exit code {code}: {last} (all of it: {log})")
     (folder / "trained").touch()
+    return True
