@@ -65,13 +65,15 @@ class Conv2d(nn.Module, BOFTLayer):
         base, dtype = self.get_base_layer(), compute_dtype(x)
         W, s = self._as_rows(base.weight).to(dtype), self.scales([adapter])
         bias = None if base.bias is None else base.bias.to(dtype)
-        return rotated_convolution(x.to(dtype), self.super_blocks(adapter).to(dtype), W, s, bias, base)
+        blocks, divides = self.blocks_for(adapter, dtype), self.solved.divides
+        return rotated_convolution(x.to(dtype), blocks, W, s, bias, base, divides)
 
     def _differentiable_weight(self, adapters: list[str]) -> Tensor:
         base = self.get_base_layer()
         W, s = self._as_rows(base.weight), self.scales(adapters)
         if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
-            return self._from_rows(rotated_weight(self.super_blocks(adapters[0]).to(W.dtype), W, s))
+            blocks = self.blocks_for(adapters[0], W.dtype)
+            return self._from_rows(rotated_weight(blocks, W, s, self.solved.divides))
         for name in adapters:
-            W = rotate_weight(W, self.super_blocks(name).to(W.dtype))
+            W = rotate_weight(W, self.blocks_for(name, W.dtype))
         return self._from_rows((W * s[:, None]).to(W.dtype))

@@ -7,8 +7,11 @@ two routes, equal up to rounding:
 * weight side: W Bᵀ, then x (W Bᵀ)ᵀ. One grouped product of T · d · K, and two of o · d · K, which T does not enter.
   It needs B to be orthogonal: the gradient of x is dx = dz Bᵀ, so xᵀ dx B is xᵀ dz, the gradient of B.
 
-T is the number of rows (tokens of the batch), o the number of outputs, K the size of a super-block. Only x is saved,
-which layers on the same input share, and the unscaled output where s learns.
+T is the number of rows (tokens of the batch), o the number of outputs, K the size of a super-block.
+
+What is saved is x, which layers on the same input share; on the weight side the rotated weight, which is smaller than
+x there; and where s learns, the output, which the next operation mostly saves as well: the gradient of s is
+Σ_t g (y - bias) / s. Where a scale is near 0, the unscaled output is saved instead.
 """
 
 from __future__ import annotations
@@ -18,28 +21,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from boft.rotation import apply_blocks, rotate_weight
+from boft.rotation import apply_blocks, outer_blocks, rotate_weight, rotate_weight_transposed
+
+SMALLEST_DIVISOR = 0.25  # dividing by a smaller scale would amplify what rounding has left of an output and its bias
+
+
+def can_divide(s: Tensor) -> bool:
+    """Whether no scale is near 0. Has a GPU wait for the answer."""
+    return bool((s.abs() >= SMALLEST_DIVISOR).all())
 
 
 def rotated_linear(
-    x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None, weight_side: bool | None = None
+    x: Tensor,
+    blocks: Tensor,
+    W: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+    weight_side: bool | None = None,
+    divides: bool = False,
 ) -> Tensor:
     """y = s ∘ (x B Wᵀ) + bias, fast, for a weight that does not train.
 
     Args:
         x: Input, (..., d).
-        blocks: Super-blocks of B, (d / K, K, K), in the dtype of x. Orthogonal.
+        blocks: Super-blocks of B, (d / K, K, K), in `dtype_of_products` of x. Orthogonal.
         W: Weight, (o, d), in the dtype of x. Receives no gradient.
         s: Scales, (o,), float32 or the dtype of x.
         bias: (o,) in the dtype of x, or None. Neither rotated nor scaled.
         weight_side: Which route; None = the cheaper one.
+        divides: Whether `can_divide(s)` is known to be true, which makes s cheaper.
 
     Returns:
         (..., o) in the dtype of x.
     """
     if weight_side is None:
         weight_side = prefers_weight_side(x.numel() // x.shape[-1], W.shape[0], x.requires_grad)
-    return _RotatedLinear.apply(x, blocks, W, s, bias, weight_side)
+    # The output is kept without being a saved tensor (see below), so that it would escape those who handle saved
+    # tensors themselves: gradient checkpointing and offloading.
+    divides = divides and not has_saved_tensors_hooks()
+    return _RotatedLinear.apply(x, blocks, W, s, bias, weight_side, divides)
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether hooks of `torch.autograd.graph.saved_tensors_hooks` are at work."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
 
 
 def prefers_weight_side(T: int, o: int, input_needs_grad: bool) -> bool:
@@ -51,7 +77,13 @@ def prefers_weight_side(T: int, o: int, input_needs_grad: bool) -> bool:
 
 
 def rotated_convolution(
-    x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None, convolution: nn.Conv2d
+    x: Tensor,
+    blocks: Tensor,
+    W: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+    convolution: nn.Conv2d,
+    divides: bool = False,
 ) -> Tensor:
     """A convolution whose filters are rotated, from patches: for few output positions, as against many outputs.
 
@@ -60,18 +92,19 @@ def rotated_convolution(
 
     Args:
         x: Input, (N, C, H, W).
-        blocks: Super-blocks of B, (d / K, K, K), d = C · kh · kw, in the dtype of x.
+        blocks: Super-blocks of B, (d / K, K, K), d = C · kh · kw, as in `rotated_linear`.
         W: Filters, (o, d), in the dtype of x. Receives no gradient.
         s: Scales, (o,); bias: (o,) or None.
         convolution: Gives the geometry. One group.
+        divides: As in `rotated_linear`.
 
     Returns:
         (N, o, H', W')
     """
     c = convolution
     patches = F.unfold(padded(x, c), c.kernel_size, c.dilation, 0, c.stride).transpose(1, 2)  # (N, H' W', d)
-    y = rotated_linear(patches, blocks, W, s, bias, weight_side=False).transpose(1, 2).contiguous()  # (N, o, H' W')
-    return y.unflatten(-1, output_size(x, c))
+    y = rotated_linear(patches, blocks, W, s, bias, weight_side=False, divides=divides)  # (N, H' W', o)
+    return y.transpose(1, 2).contiguous().unflatten(-1, output_size(x, c))
 
 
 def padded(x: Tensor, convolution: nn.Conv2d) -> Tensor:
@@ -91,9 +124,9 @@ def output_size(x: Tensor, convolution: nn.Conv2d) -> tuple[int, int]:
     )
 
 
-def rotated_weight(blocks: Tensor, W: Tensor, s: Tensor) -> Tensor:
+def rotated_weight(blocks: Tensor, W: Tensor, s: Tensor, divides: bool = False) -> Tensor:
     """diag(s) W Bᵀ, (o, d), differentiable in the super-blocks and s; W (o, d) receives no gradient."""
-    return _RotatedWeight.apply(blocks, W, s)
+    return _RotatedWeight.apply(blocks, W, s, divides)
 
 
 def scale_output(u: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,62 +147,78 @@ def linear_reference(x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tens
 
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, blocks, W, s, bias, weight_side):
+    def forward(ctx, x, blocks, W, s, bias, weight_side, divides):
+        folds = weight_side and (divides or not ctx.needs_input_grad[3])  # s goes into the weight
         if weight_side:
-            u = F.linear(x, rotate_weight(W, blocks), bias)
+            W = rotate_weight_transposed(W, blocks, s if folds else None)  # (d, o)
+            u = F.linear(x, W.t(), bias)
         else:
             u = F.linear(apply_blocks(x, blocks), W, bias)
-        ctx.weight_side = weight_side
+        y = u if folds else scale_output(u, s, bias)
+        ctx.weight_side, ctx.folds, ctx.output = weight_side, folds, None
+        if ctx.needs_input_grad[3] and divides:
+            # Not as a saved tensor: whoever writes on the output in place, as nn.ReLU(inplace=True) does, may.
+            ctx.output, ctx.version, u = y.detach(), y._version, None
         ctx.save_for_backward(x, blocks, W, s, bias, u if ctx.needs_input_grad[3] else None)
-        return scale_output(u, s, bias)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, blocks, W, s, bias, u = ctx.saved_tensors
-        (n, K, _), o = blocks.shape, W.shape[0]
-        g = grad.reshape(-1, o)  # (T, o)
+        g = grad.reshape(-1, len(s))  # (T, o)
         dx = dblocks = ds = dbias = None
 
-        needs_x, needs_blocks, _, needs_s, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_blocks, _, needs_s, needs_bias, *_ = ctx.needs_input_grad
         if bias is not None and (needs_s or needs_bias):
             dbias = g.sum(0, dtype=s.dtype)
         if needs_s:
-            ds = (g * u.reshape(-1, o)).sum(0, dtype=s.dtype)
-            ds = ds if bias is None else ds - bias * dbias
+            ds = _RotatedLinear.scale_gradient(ctx, x, blocks, W, s, bias, u, g, dbias)
         if needs_x or needs_blocks:
-            columns = x.reshape(-1, n, K).permute(1, 2, 0)  # (n, K, T), a view
             if ctx.weight_side:
-                dx = g @ rotate_weight(W, blocks).mul_(s[:, None])  # (T, d)
+                dx = g @ (W if ctx.folds else W * s.to(W.dtype)).t()  # (T, d)
                 if needs_blocks:
-                    dblocks = torch.bmm(columns, dx.view(-1, n, K).transpose(0, 1)) @ blocks
+                    dblocks = outer_blocks(x, dx, blocks).bmm(blocks)
                 dx = dx.view(x.shape)
             else:
                 dz = (g * s).to(W.dtype) @ W  # (T, d)
                 if needs_blocks:
-                    dblocks = torch.bmm(columns, dz.view(-1, n, K).transpose(0, 1))
+                    dblocks = outer_blocks(x, dz, blocks)
                 if needs_x:
                     dx = apply_blocks(dz, blocks.mT).view(x.shape)
-        return dx if needs_x else None, dblocks, None, ds, dbias.to(bias.dtype) if needs_bias else None, None
+        dbias = dbias.to(bias.dtype) if needs_bias else None
+        return dx if needs_x else None, dblocks, None, ds, dbias, None, None
+
+    @staticmethod
+    def scale_gradient(ctx, x, blocks, W, s, bias, u, g, dbias) -> Tensor:
+        """Σ_t g (u - bias), (o,), for the unscaled output u."""
+        y, ctx.output = ctx.output, None
+        if u is None and (y is None or y._version != ctx.version):  # written on, or a second backward pass
+            u = F.linear(x, W.t()) if ctx.weight_side else F.linear(apply_blocks(x, blocks), W)
+            return (g * u.view(g.shape)).sum(0, dtype=s.dtype) / (s if ctx.folds else 1)
+        ds = (g * (y if u is None else u).reshape(g.shape)).sum(0, dtype=s.dtype)
+        ds = ds if bias is None else ds - bias * dbias
+        return ds / s if u is None else ds
 
 
 class _RotatedWeight(torch.autograd.Function):
-    """Saves nothing of the size of W: what the gradient of s needs is rotated again."""
+    """Saves its result, which the operation that takes it for a weight does as well."""
 
     @staticmethod
-    def forward(ctx, blocks, W, s):
-        ctx.save_for_backward(blocks, W, s)
-        return rotate_weight(W, blocks).mul_(s[:, None])
+    def forward(ctx, blocks, W, s, divides):
+        result = rotate_weight(W, blocks).mul_(s[:, None])
+        ctx.divides = divides
+        ctx.save_for_backward(blocks, None if divides else W, s, result)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        blocks, W, s = ctx.saved_tensors
-        n, K, _ = blocks.shape
+        blocks, W, s, result = ctx.saved_tensors
         dblocks = ds = None
         if ctx.needs_input_grad[0]:
-            rows = (grad * s[:, None]).to(W.dtype).view(-1, n, K).permute(1, 2, 0)  # (n, K, o)
-            dblocks = torch.bmm(rows, W.reshape(-1, n, K).transpose(0, 1))
+            dblocks = outer_blocks(grad, result, blocks).bmm(blocks)
         if ctx.needs_input_grad[2]:
-            ds = (grad * rotate_weight(W, blocks)).sum(1, dtype=s.dtype)
-        return dblocks, None, ds
+            ds = (grad * (result if ctx.divides else rotate_weight(W, blocks))).sum(1, dtype=s.dtype)
+            ds = ds / s if ctx.divides else ds
+        return dblocks, None, ds, None

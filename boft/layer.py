@@ -17,7 +17,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from boft.memory import RotatedWeight, Solved
-from boft.rotation import rotate_weight
+from boft.rotation import dtype_of_products, rotate_weight
 from boft.shape import resolve
 from boft.super_blocks import super_blocks
 
@@ -187,10 +187,12 @@ class BOFTLayer(BaseTunerLayer):
         """R with the strengths in it, (m, D, b, b), at least float32."""
         R = self.boft_R[adapter]
         R = R if R.dtype == torch.float64 else R.float()
+        if self.scaling[adapter] == 1 and self.factor_scaling[adapter] is None:
+            return R
         strengths = self.strengths(adapter)
         if len(set(strengths)) > 1:
             return torch.stack([alpha * factor for alpha, factor in zip(strengths, R)])
-        return R if strengths[0] == 1 else R * strengths[0]
+        return R * strengths[0]
 
     def solvable(self, adapter: str) -> Tensor:
         """What the Cayley transform starts from: the scaled parameters, in training less the dropped blocks."""
@@ -206,9 +208,14 @@ class BOFTLayer(BaseTunerLayer):
         blocks = self.solved.blocks(adapter)
         return super_blocks(self.solvable(adapter)) if blocks is None else blocks
 
-    def prepare_product(self, adapter: str, blocks: Tensor) -> None:
+    def blocks_for(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """The super-blocks, in the dtype that multiplies tensors of this dtype."""
+        blocks = self.super_blocks(adapter)
+        return blocks.to(dtype_of_products(dtype, blocks.device))
+
+    def prepare_product(self, blocks: Tensor, s: Tensor) -> None:
         """Looks up once what every call in a forward pass needs. Called by the model's hook, with the super-blocks of
-        the one adapter that is applied, in the dtype of the product."""
+        the one adapter that is applied, in the dtype of the product, and its scales."""
 
     def scales(self, adapters: Sequence[str]) -> Tensor:
         """Product of the adapters' scales with their strengths, (o,)."""

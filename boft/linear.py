@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from boft.functional import linear_reference, rotated_linear, scale_output
 from boft.layer import BOFTLayer, compute_dtype
-from boft.rotation import apply_blocks
+from boft.rotation import apply_blocks, dtype_of_products
 
 
 class Linear(nn.Module, BOFTLayer):
@@ -38,10 +38,12 @@ class Linear(nn.Module, BOFTLayer):
         """(..., d) -> (..., o), in the dtype of x."""
         self.solved.check_grad_mode()
         product, dtype = self.solved.product(), compute_dtype(x)
-        if product is not None and product[0].dtype == dtype:  # what the rest would come to, looked up by the hook
+        if product is not None and product[0].dtype == dtype_of_products(dtype, x.device):
+            # What the rest would come to, looked up by the hook:
             blocks, W, s, bias = product
             bias = None if bias is None else bias.to(dtype)
-            return rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias).to(x.dtype)
+            y = rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias, divides=self.solved.divides)
+            return y.to(x.dtype)
 
         return BOFTLayer.forward(self, x, *args, **kwargs)
 
@@ -64,22 +66,24 @@ class Linear(nn.Module, BOFTLayer):
         x, W = x.to(dtype), self._as_rows(base.weight).to(dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
         for name in reversed(adapters[1:]):  # y = x B(a2) B(a1): the last one first
-            x = apply_blocks(x, self.super_blocks(name).to(dtype))
-        blocks, s = self.super_blocks(adapters[0]).to(dtype), self.scales(adapters)
+            x = apply_blocks(x, self.blocks_for(name, dtype))
+        blocks, s = self.blocks_for(adapters[0], dtype), self.scales(adapters)
         if W.requires_grad or torch.compiler.is_compiling():
             return linear_reference(x, blocks, W, s, bias)
-        return rotated_linear(x, blocks, W, s, bias)
+        return rotated_linear(x, blocks, W, s, bias, divides=self.solved.divides)
 
-    def prepare_product(self, adapter: str, blocks: Tensor) -> None:
-        base = self.get_base_layer()
-        if self._base_is_plain() and not base.weight.requires_grad:
-            self.solved.put_product(blocks, self._as_rows(base.weight), self.scales([adapter]), base.bias)
+    def prepare_product(self, blocks: Tensor, s: Tensor) -> None:
+        if self._base_is_plain():
+            base = self.base_layer
+            W = base.weight
+            if not W.requires_grad:
+                self.solved.put_product(blocks, self._as_rows(W), s, base.bias)
 
     def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
         """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""
         z = x.to(compute_dtype(x))
         for name in reversed(adapters):
-            z = apply_blocks(z, self.super_blocks(name).to(z.dtype))
+            z = apply_blocks(z, self.blocks_for(name, z.dtype))
         u = self.base_layer(z)
         bias = self.get_base_layer().bias
         return scale_output(u, self.scales(adapters), None if bias is None else bias.to(u.dtype))

@@ -34,6 +34,7 @@ class Solved(Forgotten):
         self._blocks: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._product: tuple | None = None
+        self.divides = False  # whether no scale is near 0: `functional.can_divide`
         self.in_forward = False
 
     def put_product(self, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None) -> None:
@@ -61,15 +62,14 @@ class Solved(Forgotten):
     def check_grad_mode(self) -> None:
         """Forgets rotations with a graph when gradients are off: reentrant checkpointing runs a layer that way first,
         and again in the backward pass, where the graph of one solution cannot serve several segments."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         if any(tensor.requires_grad for tensor in self._blocks.values()):
             self._blocks, self._product = {}, None
 
     def _usable(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        return self.in_forward or torch._C._current_graph_task_id() != -1
+        is_running = self.in_forward or torch._C._current_graph_task_id() != -1
+        return is_running and not torch.compiler.is_compiling()
 
 
 class RotatedWeight(Forgotten):

@@ -169,16 +169,39 @@ class _Join(torch.autograd.Function):
         return dC.view(C.shape), dQ, None
 
 
+# Products take x or W as they are and multiply in the dtype of the blocks, see `dtype_of_products`.
+
+
+def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which dtype blocks should multiply tensors of a dtype: batches of small half precision matrices are slower
+    than those of float32 on a CPU, by more than the casts cost."""
+    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x B for rows x (..., d) and super-blocks (n, K, K)."""
+    """x B for rows x (..., d) and super-blocks (n, K, K), in the dtype of x."""
     n, K, _ = blocks.shape
-    z = x.reshape(-1, n, K).transpose(0, 1) @ blocks  # (n, T, K)
-    return z.transpose(0, 1).reshape(x.shape)
+    z = torch.bmm(x.reshape(-1, n, K).transpose(0, 1).to(blocks.dtype), blocks)  # (n, T, K)
+    return z.transpose(0, 1).to(x.dtype, memory_format=torch.contiguous_format).reshape(x.shape)
 
 
 def rotate_weight(W: Tensor, blocks: Tensor) -> Tensor:
     """W Bᵀ for a weight (o, d) and super-blocks (n, K, K): the filters rotated, as in the effective weight."""
     return apply_blocks(W, blocks.mT)
+
+
+def rotate_weight_transposed(W: Tensor, blocks: Tensor, s: Tensor | None = None) -> Tensor:
+    """(diag(s) W Bᵀ)ᵀ, (d, o) in memory, which costs less by the copy that puts rows together. Not differentiable."""
+    n, K, _ = blocks.shape
+    product = torch.bmm(blocks, W.reshape(-1, n, K).permute(1, 2, 0).to(blocks.dtype)).view(-1, len(W))
+    return (product if s is None else product.mul_(s)).to(W.dtype)
+
+
+def outer_blocks(x: Tensor, y: Tensor, blocks: Tensor) -> Tensor:
+    """The blocks (n, K, K) of xᵀ y on the diagonal, for rows x and y (..., d), in the dtype of `blocks`."""
+    n, K, _ = blocks.shape
+    left, right = x.reshape(-1, n, K).permute(1, 2, 0), y.reshape(-1, n, K).transpose(0, 1)
+    return torch.bmm(left.to(blocks.dtype), right.to(blocks.dtype))
 
 
 def dense(blocks: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from boft.functional import can_divide
 from boft.layer import BOFTLayer, draw_kept_blocks
+from boft.rotation import dtype_of_products
 from boft.super_blocks import super_blocks
 
 
@@ -56,16 +58,18 @@ class RotationSolver:
     def before_forward(self, model: nn.Module, args) -> None:
         if torch.compiler.is_compiling():
             return
-        layers = self.layers(model)
-        for layer in layers:
+        calls = []
+        for layer in self.layers(model):
             layer.solved.forget()
             layer.solved.in_forward = True
             layer.rotated_weight.verified = False
-        calls = [Call(layer) for layer in layers if not (layer.disable_adapters or layer.merged)]
-        for call in calls:
-            if call.trains:
-                call.layer.rotated_weight.forget()
+            if not (layer.disable_adapters or layer.merged):
+                calls.append(Call(layer))
+        training = [call for call in calls if call.trains]
+        for call in training:
+            call.layer.rotated_weight.forget()
         verify_rotated_weights([call for call in calls if not call.trains])
+        look_at_scales(training)
 
         groups = defaultdict(list)
         for call in calls:
@@ -81,7 +85,7 @@ class RotationSolver:
             for (call, adapter, _), part, cast_part in zip(members, blocks.split(sizes), cast.split(sizes)):
                 call.layer.solved.put_blocks(adapter, part)
                 if call.trains and len(call.adapters) == 1:
-                    call.layer.prepare_product(adapter, cast_part)
+                    call.layer.prepare_product(cast_part, call.s)
 
     def after_forward(self, model: nn.Module, args, output) -> None:
         if torch.compiler.is_compiling():
@@ -91,11 +95,13 @@ class RotationSolver:
 
 
 class Call:
-    """What a layer is about to do in a forward pass: the adapters that it applies, and whether they train."""
+    """What a layer is about to do in a forward pass: the adapters that it applies, whether they train, and then their
+    scales."""
 
     def __init__(self, layer: BOFTLayer):
         self.layer, self.adapters = layer, layer.applied_adapters()
         self.trains = layer.trains(self.adapters)
+        self.s = layer.scales(self.adapters) if self.trains else None
 
     def solvable(self, adapter: str) -> Tensor:
         """R to start from, with one draw of dropout for the whole forward pass."""
@@ -120,9 +126,24 @@ def verify_rotated_weights(calls: list[Call]) -> None:
             layer.rotated_weight.verified = is_same or all(torch.equal(kept, now) for kept, now in pairs)
 
 
+def look_at_scales(calls: list[Call]) -> None:
+    """Finds out in one go, for the same reason, whether scales that train can be divided by."""
+    groups = defaultdict(list)
+    for call in calls:
+        if call.s.requires_grad:
+            groups[call.s.device, call.s.dtype].append(call)
+    for members in groups.values():
+        with torch.no_grad():
+            divides = can_divide(torch.cat([call.s for call in members]))
+        for call in members:
+            call.layer.solved.divides = divides
+
+
 def multiplied_dtype(layer: BOFTLayer) -> torch.dtype:
-    """The dtype that a layer and its neighbours can be expected to multiply in, so that one cast serves them all."""
+    """The dtype in which the blocks of a layer and its neighbours can be expected to multiply, so that one cast serves
+    them all."""
     weight = layer.get_base_layer().weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # integers: quantized
     if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype if weight.is_floating_point() else torch.float32  # integers: quantized
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return dtype_of_products(dtype, weight.device)

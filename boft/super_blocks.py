@@ -17,7 +17,7 @@ from boft.rotation import NEWTON_ABOVE, compose, factors
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
 SMALLEST_BATCH = 64  # fewer groups are less work than calling an operation for each step
-CHUNK_BYTES = 1 << 20  # of one copy of R: what fits a core's own cache
+CHUNK_BYTES = 1 << 22  # of one copy of R: what fits the cores' caches
 
 
 def super_blocks(R: Tensor) -> Tensor:

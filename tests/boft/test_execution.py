@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -46,6 +47,37 @@ def test_layers_compute_the_same_without_the_models_hook():
     RotationSolver.detach(model.base_model.model)
     torch.testing.assert_close(model(X), y)
     assert_same(gradients(model, model(X).square().sum()), true)
+
+
+@pytest.mark.parametrize("scale", [1.5, 1e-3, 0.0])
+def test_gradients_of_scales_of_any_size(scale):
+    model = adapted()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "boft_s" in name:
+                parameter.clamp_(min=0.5)
+                parameter[parameter > 1] = scale
+    computed = gradients(model, model(X).square().sum())
+    for layer in model.modules():
+        if isinstance(layer, BOFTLayer):
+            assert layer.solved.divides == (scale > 1)
+    RotationSolver.detach(model.base_model.model)  # layers alone do not ask
+    assert_same(computed, gradients(model, model(X).square().sum()))
+
+
+def test_checkpointing_keeps_no_output():
+    layer = adapted().base_model.model.first
+    layer.solved.divides = True
+    alive = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: alive.append(tensor.shape), lambda _: None)
+    x = X.clone().requires_grad_()
+    with hooks:
+        y = layer(x)
+    storage = weakref.ref(y.untyped_storage())
+    assert y.shape in alive  # went through the hooks
+    grad_fn = y.grad_fn
+    del y
+    assert storage() is None and grad_fn is not None
 
 
 def test_one_solution_for_all_layers(monkeypatch):

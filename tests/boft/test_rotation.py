@@ -114,11 +114,12 @@ def test_gradients_of_cayley_and_composition(m):
     assert torch.autograd.gradcheck(blocks_of, R)
 
 
+@pytest.mark.parametrize("divides", [False, True])
 @pytest.mark.parametrize("weight_side", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(3,), (2, 40)], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("d, b, m", SHAPES)
-def test_fast_product_has_the_values_and_gradients_of_the_dense_one(d, b, m, rows, bias, weight_side):
+def test_fast_product_has_the_values_and_gradients_of_the_dense_one(d, b, m, rows, bias, weight_side, divides):
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
@@ -132,13 +133,23 @@ def test_fast_product_has_the_values_and_gradients_of_the_dense_one(d, b, m, row
     weights = randn(*rows, o)
 
     expected = dense_linear(x, R, s, W, offset)
-    fast = rotated_linear(x, blocks_of(R), W, s, offset, weight_side)
+    fast = rotated_linear(x, blocks_of(R), W, s, offset, weight_side, divides)
     torch.testing.assert_close(fast, expected)
     torch.testing.assert_close(linear_reference(x, blocks_of(R), W, s, offset), expected)
     for computed, true in zip(
         torch.autograd.grad((fast * weights).sum(), leaves), torch.autograd.grad((expected * weights).sum(), leaves)
     ):
         torch.testing.assert_close(computed, true)
+
+
+@pytest.mark.parametrize("weight_side", [False, True])
+def test_the_output_may_be_written_on_and_gradients_taken_twice(weight_side):
+    R, s = parameters(16, 4, 2).requires_grad_(), torch.linspace(0.5, 2, 6).double().requires_grad_()
+    W, x = torch.randn(6, 16).double(), torch.randn(40, 16).double()
+    expected = torch.autograd.grad(dense_linear(x, R, s, W, None).relu().square().sum(), [R, s])
+    loss = rotated_linear(x, blocks_of(R), W, s, None, weight_side, divides=True).relu_().square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, [R, s], retain_graph=True), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, [R, s]), expected)
 
 
 @pytest.mark.parametrize("weight_side", [False, True])
@@ -151,13 +162,14 @@ def test_only_the_gradients_that_are_asked_for(weight_side):
     torch.testing.assert_close(computed, true)
 
 
+@pytest.mark.parametrize("divides", [False, True])
 @pytest.mark.parametrize("d, b, m", SHAPES)
-def test_rotated_weight_has_the_gradients_of_the_dense_one(d, b, m):
+def test_rotated_weight_has_the_gradients_of_the_dense_one(d, b, m, divides):
     R, W = parameters(d, b, m).requires_grad_(), torch.randn(10, d, dtype=torch.float64)
     s = torch.rand(10, dtype=torch.float64).requires_grad_()
     weights = torch.randn(10, d, dtype=torch.float64)
     expected = s[:, None] * (W @ dense_rotation(R).T)
-    computed = rotated_weight(blocks_of(R), W, s)
+    computed = rotated_weight(blocks_of(R), W, s, divides)
     torch.testing.assert_close(computed, expected)
     torch.testing.assert_close(rotate_weight(W, blocks_of(R)) * s[:, None], expected)
     for fast, true in zip(
