@@ -2,6 +2,7 @@
 """Where a training step's time goes, with and without caches.
 
     python scripts/profile_training.py                         the embedded mug on the embedded base
+    python scripts/profile_training.py --precision=bf16        the same in bfloat16
     python scripts/profile_training.py -- --use_lora --rank=4 --instance_data_dir=… …
 
 What follows `--` are flags of train_dreambooth.py. Runs with and without caches take turns, so that a busy machine
@@ -30,8 +31,7 @@ from train_dreambooth import DreamBooth  # noqa: E402
 
 MUG = [
     f"--instance_data_dir={ROOT / 'data/toyworld/subjects/mug'}", "--instance_prompt=a photo of qwe mug",
-    "--with_prior_preservation", f"--class_data_dir={ROOT / 'data/class_images/profile'}",
-    "--class_prompt=a photo of a mug", "--num_class_images=16", "--guidance_scale=3", "--train_batch_size=6",
+    "--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=16", "--guidance_scale=3", "--train_batch_size=6",
     "--use_boft", "--boft_block_size=8", "--boft_n_butterfly_factor=2",
 ]  # fmt: skip
 WITHOUT = ["--no_cache_latents", "--no_pre_compute_text_embeddings"]
@@ -105,9 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="of a run, the first two not counted")
     parser.add_argument("--rounds", type=int, default=3, help="runs with caches, and as many without")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the mug's runs")
     argv = list(sys.argv[1:] if argv is None else argv)
     at = argv.index("--") if "--" in argv else len(argv)
-    options, training = parser.parse_args(argv[:at]), argv[at + 1 :] or MUG
+    options, training = parser.parse_args(argv[:at]), argv[at + 1 :]
+    if not training:
+        class_images = ROOT / "data/class_images" / f"profile-{options.precision}"
+        training = [*MUG, f"--class_data_dir={class_images}", f"--mixed_precision={options.precision}"]
     times: dict[str, list[dict[str, float]]] = {"with caches": [], "without": []}
     for _ in range(options.rounds):
         for name, more in {"with caches": [], "without": WITHOUT}.items():
