@@ -31,8 +31,8 @@ from train_dreambooth import DreamBooth  # noqa: E402
 
 MUG = [
     f"--instance_data_dir={ROOT / 'data/toyworld/subjects/mug'}", "--instance_prompt=a photo of qwe mug",
-    "--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=16", "--guidance_scale=3", "--train_batch_size=6",
-    "--use_boft", "--boft_block_size=8", "--boft_n_butterfly_factor=2",
+    "--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=16", "--guidance_scale=3",
+    "--train_batch_size=6", "--use_boft", "--boft_block_size=8", "--boft_n_butterfly_factor=2",
 ]  # fmt: skip
 WITHOUT = ["--no_cache_latents", "--no_pre_compute_text_embeddings"]
 WARM_UP = 2  # steps that are not counted
