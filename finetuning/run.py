@@ -62,6 +62,8 @@ class Run:
         if allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.seed, self.accumulation = seed, accumulation
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = DTYPES[mixed_precision]
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes

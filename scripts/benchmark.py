@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import os
 import platform
@@ -30,6 +29,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.allocator import keep_freed_memory
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
@@ -294,15 +295,6 @@ def measure_rotation(rounds: int) -> list[dict]:
                     seconds.append(time.perf_counter() - start)
                 rows.append({"d": d, "b": b, "m": m, "milliseconds": 1000 * statistics.median(seconds[1:])})
     return rows
-
-
-def keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed: it would return large blocks to the system after every step and take
-    them back page by page, a sixth of a step's time and most of its noise, for all candidates alike."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 # Output
