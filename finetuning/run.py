@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import environment, text_file
+from .allocator import keep_freed_memory
 from .config import Config, InputError, RunError
 from .picture import save_picture
 from .randomness import seed_modules
