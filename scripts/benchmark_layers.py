@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""What adapters cost in the adapted layers alone: attention projections of Stable Diffusion 1.5, at 32 × 32 latents.
+
+    python scripts/benchmark_layers.py --rounds 12 --json docs/results/layers.json
+
+A step of the whole UNet takes twenty times as long as what an adapter adds to it, so that the noise of the one hides
+the other. Here are the layers without the rest, with random weights and inputs of the true sizes, without biases,
+forward and backward; candidates take turns in one process; medians. The last row is the solution of the rotations, for
+all layers together, which is contained in the rows above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, LoraModel
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import boft
+from boft.super_blocks import super_blocks
+from finetuning.allocator import keep_freed_memory
+
+WIDTHS = {320: (1024, 5), 640: (256, 5), 1280: (64, 6)}  # channels: tokens, attention blocks; the sixth has 16 tokens
+TEXT = (77, 768)  # tokens and features of the prompt
+BOFT = {
+    "BOFT b=8 m=1": {"boft_block_size": 8, "boft_n_butterfly_factor": 1},
+    "BOFT b=8 m=2": {"boft_block_size": 8, "boft_n_butterfly_factor": 2},
+    "BOFT b=8 m=4": {"boft_block_size": 8, "boft_n_butterfly_factor": 4},
+    "BOFT D=8 m=1": {"boft_block_size": 0, "boft_block_num": 8, "boft_n_butterfly_factor": 1},
+}
+REFERENCE = "LoRA r=16"
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`tokens` rows of `d` features to `o`; whether something before the layer trains and wants a gradient."""
+
+    tokens: int
+    d: int
+    o: int
+    input_trains: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.tokens} × {self.d} to {self.o}" if self.input_trains else f"prompt, {self.d} to {self.o}"
+
+
+def layers_of_unet() -> list[Shape]:
+    """The 128 layers: in each block q, k, v, out of self-attention, then q, out and, on the prompt, k, v."""
+    shapes = []
+    for c, (tokens, blocks) in WIDTHS.items():
+        for block in range(blocks):
+            T = 16 if block == 5 else tokens
+            shapes += [Shape(T, c, c)] * 6 + [Shape(*TEXT, c, False)] * 2
+    return shapes
+
+
+class Layers(nn.Module):
+    """Layers side by side."""
+
+    def __init__(self, shapes: list[Shape]):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(s.d, s.o, bias=False) for s in shapes).requires_grad_(False)
+
+    def forward(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, inputs)]
+
+
+def candidates(base: Layers) -> dict[str, nn.Module]:
+    """The layers with each adapter."""
+    names = [f"layers.{i}" for i in range(len(base.layers))]
+    models = {"frozen": base, REFERENCE: LoraModel(copy.deepcopy(base), LoraConfig(r=16, target_modules=names), "a")}
+    for title, size in BOFT.items():
+        models[title] = boft.BOFTModel(copy.deepcopy(base), boft.BOFTConfig(**size, target_modules=names), "a")
+    return {title: model.train() for title, model in models.items()}
+
+
+def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each call, medians over rounds in turn."""
+    seconds: dict[str, list[float]] = {title: [] for title in calls}
+    titles = list(calls)
+    for round_ in range(rounds + WARM_UP):
+        at = round_ % len(titles)
+        for title in titles[at:] + titles[:at]:
+            begun = time.perf_counter()
+            calls[title]()
+            seconds[title].append(time.perf_counter() - begun)
+    return {title: 1000 * statistics.median(values[WARM_UP:]) for title, values in seconds.items()}
+
+
+def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+    """Forward, and backward where there is anything to."""
+    outputs = [(y, g) for y, g in zip(model(inputs), gradients) if y.requires_grad]
+    if outputs:
+        torch.autograd.backward(*map(list, zip(*outputs)))
+    model.zero_grad()
+    for x in inputs:
+        x.grad = None
+
+
+def measure_layers(shapes: list[Shape], rounds: int) -> dict[str, float]:
+    models = candidates(Layers(shapes))
+    inputs = [torch.randn(1, s.tokens, s.d, requires_grad=s.input_trains) for s in shapes]
+    gradients = [torch.randn(1, s.tokens, s.o) for s in shapes]
+    return measure({title: lambda m=model: step(m, inputs, gradients) for title, model in models.items()}, rounds)
+
+
+def measure_solution(rounds: int) -> dict[str, float]:
+    """Cayley transform and composition of all layers, forward and backward."""
+
+    def call(parameters: list[torch.Tensor]) -> None:
+        for R in parameters:
+            super_blocks(R).sum().backward()
+            R.grad = None
+
+    calls = {}
+    for title, model in candidates(Layers(layers_of_unet())).items():
+        if title in BOFT:
+            sizes: dict[tuple[int, int], int] = {}
+            for layer in model.model.layers:
+                m, D, b, _ = layer.boft_R["a"].shape
+                sizes[m, b] = sizes.get((m, b), 0) + D
+            parameters = [(0.02 * torch.randn(m, D, b, b)).requires_grad_() for (m, b), D in sizes.items()]
+            calls[title] = lambda p=parameters: call(p)
+    return measure(calls, rounds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="that count; two more warm up")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="keep the result here")
+    args = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    shapes = layers_of_unet()
+    rows: dict[str, dict[str, float]] = {}
+    for shape in dict.fromkeys(shapes):
+        group = [s for s in shapes if s == shape]
+        rows[f"{len(group)} of {shape}"] = measure_layers(group, args.rounds)
+    rows["all 128"] = {title: sum(row[title] for row in rows.values()) for title in next(iter(rows.values()))}
+    rows["rotations"] = measure_solution(args.rounds)
+
+    titles = list(rows["all 128"])
+    print(f"milliseconds, forward and backward; medians of {args.rounds} rounds, {args.threads} threads\n")
+    print("| layers | " + " | ".join(titles) + " |\n|---" + "|--:" * len(titles) + "|")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row[t]:.1f}" if t in row else "–" for t in titles) + " |")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(
+            json.dumps({"threads": args.threads, "rounds": args.rounds, "milliseconds": rows}, indent=1)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
