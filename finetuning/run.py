@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 DIVERGED = "the run has diverged"
 CONFIG = "config.yaml"
+# Process groups stay referenced when they are left: else a DDP model would be the last to let go of its group, and
+# destroy it with the GIL held, while a thread of gloo that the destructor waits for may need the GIL to free a tensor.
+_left_groups: list = []
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -149,6 +152,8 @@ class Run:
         """Finish the trackers' files and leave the process group."""
         for tracker in self.trackers:
             tracker.close()
+        if self.processes > 1:
+            _left_groups.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()
 
     # Steps

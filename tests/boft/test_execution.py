@@ -317,6 +317,7 @@ def train_a_half(rank, folder):
         parallel = nn.parallel.DistributedDataParallel(adapted(b=2, m=2, boft_dropout=dropout).train())
         found = train(parallel, lambda model, step: [half_loss(model, rank, step)])
         torch.save(found, f"{folder}/{dropout}-{rank}.pt")
+        del parallel  # before its group, which it would else destroy with the GIL held, and gloo may need that
     torch.distributed.destroy_process_group()
 
 
