@@ -1,4 +1,4 @@
-"""Memory on a CPU."""
+"""What the C library does with memory that a training step on a CPU frees."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import sys
 def keep_freed_memory() -> None:
     """Has glibc's malloc keep what is freed, on Linux.
 
-    It would return large blocks to the system after every step and take them back page by page: up to a quarter of a
-    step's time (`scripts/profile_training.py`, with and without MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ in
-    the environment). The peak stays what it was; between peaks the process is larger.
+    It would return large blocks to the system after every step and take them back page by page, which costs a good part
+    of a small model's step. The peak stays what it was; between peaks the process is larger.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
