@@ -4,7 +4,7 @@
     python scripts/compare.py scripts/compare.yaml              # goes on where it was; hours on a laptop
     python scripts/compare.py scripts/compare.yaml --limit=5    # five more runs, then the tables of what is there
 
-First every learning rate of a method is tried on the subjects of `selection`; the best one then runs on those of
+First the learning rates of a method are tried on the subjects of `selection`; the best one then runs on those of
 `report`, which are others, and only these make the table. Each run goes through train_dreambooth.py and the judge of
 the toy world. Means and 95 % confidence intervals are over subjects, the seeds of a subject having been averaged:
 pictures and seeds of one subject are not independent. Every run does as many steps; the table states what is trained.
@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     task = ToySubjects()
     grid = read_grid(args.grid, task, args.output_dir)
 
-    planned = len(grid.selection_pieces()) + len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
+    reported = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
+    planned = sum(grid.selection_runs().values()) + reported
     with tqdm(desc="runs", total=planned, unit="run") as bar:
 
         def say(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import yaml
 from test_evaluation import load_script
 
 from finetuning.comparison import page, plots, results
-from finetuning.comparison.grid import Point, read_grid
+from finetuning.comparison.grid import Part, Point, read_grid
 from finetuning.comparison.running import lock, run_missing
 from finetuning.comparison.trainer import run_trainer
 from finetuning.config import InputError, RunError, run_command
@@ -199,6 +200,25 @@ def test_the_learning_rate_is_chosen_where_all_were_tried(grid):
     assert "edge" in results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_runs())[2]["chosen"]
 
 
+def test_only_the_best_rates_of_the_first_subject_go_on_to_the_others(grid):
+    grid = replace(grid, selection=Part(("boat", "cat"), (0,), keep=2))
+    assert {p.subject for p in grid.selection_pieces()} == {"boat"} and grid.selection_runs() == {"a": 5, "b": 5}
+    first = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
+    rows = [{**rows_of({("a", "boat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in first.items()]
+    assert results.keep_rates(grid, rows[:2], TASK.scores) == {}, "one rate has not run yet"
+    kept = results.keep_rates(grid, rows, TASK.scores)
+    assert kept == {"a": (0.2, 0.3)}
+    second = [p for p in grid.selection_pieces(kept) if p.subject == "cat"]
+    assert [(p.method.name, p.learning_rate) for p in second] == [("a", 0.2), ("a", 0.3)]
+    rows += [{**rows_of({("a", "cat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in ((0.2, 1), (0.3, 4))]
+    assert results.choose_rates(grid, rows[:4], TASK.scores) == {}
+    assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.3}
+    rows[0] = {**rows[0], **dict.fromkeys(TASK.scores, 99.0)}
+    assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.3}, "a rate of one subject is not chosen"
+    rows[2] = {**rows[2], **dict.fromkeys(TASK.scores)}
+    assert results.keep_rates(grid, rows[:3], TASK.scores) == {"a": (0.2, 0.1)}, "what diverged comes last"
+
+
 def test_the_plots_bear_one_subject_and_many(tmp_path):
     rows = rows_of({("a", "x", 0): 0.5, ("b", "x", 0): 0.7, ("b", "y", 0): 0.6})
     plots.scores(rows, tmp_path / "scores.png")
@@ -208,7 +228,8 @@ def test_the_plots_bear_one_subject_and_many(tmp_path):
 
 def test_the_shipped_grid_is_what_it_says():
     grid = read_grid(SHIPPED, TASK)
-    pieces = grid.selection_pieces()
+    pieces = grid.selection_pieces({m.name: m.learning_rates[-grid.selection.keep :] for m in grid.methods})
+    assert len(pieces) == sum(grid.selection_runs().values())
     reported = grid.report_pieces({m.name: m.learning_rates[0] for m in grid.methods})
     text = SHIPPED.read_text()
     assert (
@@ -218,7 +239,7 @@ def test_the_shipped_grid_is_what_it_says():
     factors = {m.settings.get("boft_n_butterfly_factor") for m in grid.methods}
     assert {1, 2, 4} <= factors and sum("use_lora" in m.settings for m in grid.methods) == 2
     assert len(grid.report.subjects) >= 6 and len(grid.report.seeds) >= 3
-    assert pieces[0].points(grid) == [Point(grid.last_step)] and len(reported[0].points(grid)) > 3
+    assert pieces[0].points(grid) == [Point(grid.last_step)] and len(reported[0].points(grid)) >= 3
 
 
 TWO_RATES = {"BOFT": {"learning_rates": [1, 2], "settings": {"use_boft": True}}}
@@ -229,6 +250,9 @@ CASES = {
     "no such baseline": ({"baseline": "LoRA"}, "baseline 'LoRA' is no method"),
     "an unknown key": ({"method": 1}, "unknown key method"),
     "no learning rates": ({"methods": {"BOFT": {"settings": {}}}}, "learning_rates"),
+    "no rate that goes on": (
+        {"selection": {"subjects": ["boat"], "seeds": [0], "keep": 0}}, "keep=0: must be at least 1",
+    ),
     "no seeds": ({"report": {"subjects": ["mug"], "seeds": []}}, "at least one subject and one seed"),
     "rates to choose, and nothing to choose on": ({"selection": {}, "methods": TWO_RATES}, "give it one of learning"),
     "a step that no checkpoint has": ({"steps": {"values": [2], "seeds": [0]}}, "steps: 2: not before the last step"),

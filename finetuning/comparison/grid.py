@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import yaml
@@ -30,10 +31,16 @@ class Method:
 
 @dataclass(frozen=True)
 class Part:
-    """Subjects and seeds of a phase."""
+    """Subjects and seeds of a phase.
+
+    Attributes:
+        keep: of the selection: how many learning rates of a method go on from the first subject to the others, so that
+            hopeless ones are tried once (successive halving, Jamieson and Talwalkar 2016); None = all.
+    """
 
     subjects: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,20 +94,29 @@ class Grid:
     def last_step(self) -> int:
         return int(self.settings["max_train_steps"])
 
-    def selection_pieces(self) -> list[Piece]:
-        """Subject by subject, so that an interrupted selection has seen all methods."""
+    def selection_pieces(self, kept: Mapping[str, Sequence[float]] = MappingProxyType({})) -> list[Piece]:
+        """Subject by subject, so that an interrupted selection has seen all methods.
+
+        kept: {method: rates that go on from the first subject to the others}, where `selection.keep` limits them;
+            methods that are not in it have only the first subject yet.
+        """
         return [
             Piece("selection", method, rate, subject, seed)
-            for subject in self.selection.subjects
+            for k, subject in enumerate(self.selection.subjects)
             for seed in self.selection.seeds
             for method in self.methods
             for rate in method.learning_rates
+            if k == 0 or self.selection.keep is None or rate in kept.get(method.name, ())
         ]
 
     def selection_runs(self) -> dict[str, int]:
         """How many runs of the selection each method has."""
-        each = len(self.selection.subjects) * len(self.selection.seeds)
-        return {method.name: each * len(method.learning_rates) for method in self.methods}
+        later, found = len(self.selection.subjects) - 1, {}
+        for method in self.methods:
+            tried = len(method.learning_rates)
+            going_on = tried if self.selection.keep is None else min(self.selection.keep, tried)
+            found[method.name] = len(self.selection.seeds) * (tried + later * going_on) if later >= 0 else 0
+        return found
 
     def report_pieces(self, rates: dict[str, float]) -> list[Piece]:
         """The chosen rates on the reported subjects; methods without a choice are left out."""
@@ -227,7 +243,8 @@ def _grid(content: dict[str, Any], output_dir: Path | None) -> Grid:
     parts = {}
     for name in ("selection", "report"):
         if part := content.pop(name, None):
-            parts[name] = Part(tuple(map(str, part["subjects"])), tuple(map(int, part["seeds"])))
+            keep = int(part["keep"]) if name == "selection" and part.get("keep") is not None else None
+            parts[name] = Part(tuple(map(str, part["subjects"])), tuple(map(int, part["seeds"])), keep)
     sweeps = {}
     for name in ("steps", "strengths"):
         if sweep := content.pop(name, None):
@@ -259,6 +276,8 @@ def _faults(grid: Grid, task: Task, unknown: Sequence[str]) -> Iterator[str]:
         yield f"baseline {grid.baseline!r} is no method; there are: {', '.join(names)}"
     if odd := [name for name in grid.choose_by if name not in task.scores]:
         yield f"choose_by: no score {', '.join(odd)}; there are: {', '.join(task.scores)}"
+    if grid.selection.keep is not None and grid.selection.keep < 1:
+        yield f"selection: keep={grid.selection.keep}: must be at least 1 learning rate; leave it out to keep all"
     if not grid.report.subjects or not grid.report.seeds:
         yield "report needs at least one subject and one seed"
     if several := [method.name for method in grid.methods if len(method.learning_rates) != 1]:

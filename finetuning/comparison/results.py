@@ -99,12 +99,28 @@ def choose_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> dict
     return {row["method"]: float(row["learning rate"]) for row in table if "chosen" in row}
 
 
+def keep_rates(grid: Grid, rows: Sequence[Row], scores: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """{method: its best `selection.keep` rates on the first subject} of the methods that have tried all of them there.
+
+    A rate at which a run diverged comes last.
+    """
+    first = where(rows, phase="selection", individual=next(iter(grid.selection.subjects), None))
+    table, kept = choose_table(first, grid.choose_by, scores, {}), {}
+    for method in grid.methods:
+        own = where(table, method=method.name)
+        if sum(row["runs"] for row in own) == len(method.learning_rates) * len(grid.selection.seeds):
+            best = sorted(own, key=lambda row: -math.inf if math.isnan(row["total"]) else row["total"], reverse=True)
+            kept[method.name] = tuple(float(row["learning rate"]) for row in best[: grid.selection.keep])
+    return kept
+
+
 def choose_table(
     rows: Iterable[Row], choose_by: dict[str, float], scores: Sequence[str], planned: dict[str, int]
 ) -> list[Row]:
     """Means of the selection, a row a method and rate, the best one of each method marked as "chosen".
 
-    planned: runs of the selection by method; nothing is chosen before all of them are there.
+    planned: runs of the selection by method; nothing is chosen before all of them are there, and only among the rates
+        that were tried on all subjects.
     """
     selection, table = ends(rows, "selection"), []
     for method in methods_of(selection):
@@ -115,8 +131,9 @@ def choose_table(
             has_diverged = any(row[s] is None for row in own for s in scores)
             total = math.nan if has_diverged else sum(weight * means[s] for s, weight in choose_by.items())
             tried.append({"method": method, "learning rate": f"{rate:g}", "runs": len(own), "total": total, **means})
-        sound = [row for row in tried if not math.isnan(row["total"])]
-        if len(runs) == planned[method] and sound:
+        most = max(row["runs"] for row in tried)
+        sound = [row for row in tried if not math.isnan(row["total"]) and row["runs"] == most]
+        if len(runs) == planned.get(method) and sound:
             best = max(sound, key=lambda row: row["total"])
             is_edge = len(tried) > 1 and best in (tried[0], tried[-1])
             best["chosen"] = "yes, at the edge of what was tried" if is_edge else "yes"

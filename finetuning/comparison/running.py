@@ -21,7 +21,7 @@ from ..config import InputError, RunError
 from ..run import DIVERGED
 from ..score_table import as_json, write
 from .grid import Grid, Piece, Task
-from .results import choose_rates, read_rows
+from .results import choose_rates, keep_rates, read_rows
 from .trainer import run_trainer
 
 FAILURES = 3  # runs that fail before a process gives up: one may be an accident
@@ -43,7 +43,8 @@ def run_grid(grid: Grid, task: Task, limit: int | None, say: Callable[[str], Non
 
 def pieces_of(grid: Grid, task: Task) -> list[Piece]:
     """The selection, and what is to be reported of the methods whose learning rate is chosen by now."""
-    selection = grid.selection_pieces()
+    kept = keep_rates(grid, read_rows(grid.selection_pieces(), grid, task.scores), task.scores)
+    selection = grid.selection_pieces(kept)
     rates = choose_rates(grid, read_rows(selection, grid, task.scores), task.scores)
     return [*selection, *grid.report_pieces(rates)]
 
