@@ -400,40 +400,45 @@ def adapter(args) -> None:
 def training(args) -> None:
     import yaml
 
-    from finetuning import throughput
+    from finetuning.throughput import inputs as throughput_inputs
+    from finetuning.throughput.measure import CANDIDATES as LOOPS
+    from finetuning.throughput.measure import REFERENCE as PLAIN_LORA
+    from finetuning.throughput.measure import Workload, measure
 
     root = Path(__file__).resolve().parents[1]
-    candidates, embedded = throughput.CANDIDATES, root / "data" / "toyworld" / "base"
+    candidates, reference, embedded = LOOPS, PLAIN_LORA, root / "data" / "toyworld" / "base"
     if args.grid:
         content = yaml.safe_load(Path(args.grid).read_text())
         candidates = {
             name: {**method["settings"], **({"boft_scale_learning_rate": 0} if method.get("scale_rate") == 0 else {})}
             for name, method in content["methods"].items()
         }
+        reference = content["baseline"]
         args.batch = content["settings"]["train_batch_size"]
         args.precision = content["settings"].get("mixed_precision", "no")
     if args.candidates:
-        candidates = {k: v for k, v in candidates.items() if any(part in k for part in args.candidates)}
+        candidates = {k: v for k, v in candidates.items() if k == reference or any(p in k for p in args.candidates)}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         base = embedded if args.base == "embedded" else args.base
         if args.base == "sd15":
-            base = throughput.write_stable_diffusion(Path(folder, "base"), embedded / "tokenizer")
-        images = throughput.write_images(Path(folder, "images"), args.resolution)
-        work = throughput.Workload(
+            base = throughput_inputs.write_stable_diffusion(Path(folder, "base"), embedded / "tokenizer")
+        images = throughput_inputs.write_images(Path(folder, "images"), args.resolution)
+        work = Workload(
             base=str(base), images=str(images), resolution=args.resolution, batch=args.batch, targets=args.targets,
             precision=args.precision, steps=args.steps, warmup=min(args.warmup, args.steps - 1), threads=args.threads,
         )  # fmt: skip
         trainer = root / "train_dreambooth.py"
-        results = throughput.measure(candidates, work, trainer, Path(folder), args.rounds)
+        results = measure(candidates, reference, work, trainer, Path(folder), args.rounds)
     print(
         f"{machine(args)}; base {args.base}, mixed precision: {args.precision}, {args.batch} photos and as many class "
         "images a step"
     )
-    print(f"{args.resolution} px, targets: {args.targets}; medians over {args.rounds} interleaved rounds\n")
+    print(f"{args.resolution} px, targets: {args.targets}; {reference} takes turns with each of the others, step by "
+          f"step, {args.rounds} rounds\n")  # fmt: skip
     print_table(results)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "run"}
-        content = {"machine": machine(args), "settings": settings, "results": results}
+        content = {"machine": machine(args), "settings": settings, "reference": reference, "results": results}
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -468,7 +473,7 @@ def main() -> None:
     command.add_argument("--targets", default="attention", help="preset of the adapted layers, or all")
     command.add_argument("--steps", type=int, default=12, help="of a round")
     command.add_argument("--warmup", type=int, default=3, help="steps of a round that do not count")
-    command.add_argument("--rounds", type=int, default=3, help="interleaved rounds, each in processes of its own")
+    command.add_argument("--rounds", type=int, default=3, help="how often each pair is run, in new processes")
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     command.add_argument("--candidates", nargs="+", help="only candidates whose names contain one of these")
     command.add_argument("--json", help="also write the figures to this file")

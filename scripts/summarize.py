@@ -152,7 +152,7 @@ def speed_blocks(folder: Path) -> dict[str, str]:
         if (folder / f"{name}.json").is_file():
             found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             rows = [{"candidate": k, **v, "trainable": f"{v['trainable']:,}"} for k, v in found["results"].items()]
-            blocks[name] = f"{found['machine']}.\n\n{markdown(rows)}"
+            blocks[name] = f"{found['machine']}. Reference: {found['reference']}.\n\n{markdown(rows)}"
     return blocks
 
 

@@ -1,14 +1,18 @@
-"""Training loops that are timed: they train what they say, and each step is timed."""
+"""Training loops that are timed: they train what they say, step by step in turn, and failures are told."""
 
 from __future__ import annotations
 
+import select
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from finetuning.adapter import add_boft, add_lora
+from finetuning.config import RunError
 from finetuning.stable_diffusion import load_stable_diffusion
-from finetuning.throughput import Workload, plain_loop, run_trainer, write_images
+from finetuning.throughput.inputs import write_images
+from finetuning.throughput.measure import Racer, Workload, measure
 
 TRAINER = Path(__file__).parents[2] / "train_dreambooth.py"
 
@@ -19,18 +23,34 @@ def work(toy_base, tmp_path) -> Workload:
     return Workload(str(toy_base), str(images), 16, 1, "attention", "no", steps=3, warmup=1, threads=1)
 
 
-def test_plain_loops_train_stock_adapters_of_the_trainers_size(work, toy_base):
+def test_the_trainer_and_plain_loops_take_turns_and_train_as_much(work, toy_base, tmp_path):
+    boft = {"use_boft": True, "boft_block_size": 8}
+    candidates = {"trainer, BOFT": boft, "plain BOFT": "boft", "plain LoRA": "lora"}
+    found = measure(candidates, "plain LoRA", work, TRAINER, tmp_path, rounds=1)
+    assert list(found) == list(candidates)
     unet = load_stable_diffusion(str(toy_base)).unet
-    for kind, ours in (
-        ("boft", add_boft(unet, ["attention"], block_size=8)),
-        ("lora", add_lora(load_stable_diffusion(str(toy_base)).unet, ["attention"], rank=16)),
-    ):
-        found = plain_loop(kind, work)
-        assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0
-        assert found["trained"] == ours.count(), kind
+    size = add_boft(unet, ["attention"], block_size=8).count()
+    assert found["trainer, BOFT"]["trainable"] == found["plain BOFT"]["trainable"] == size
+    unet = load_stable_diffusion(str(toy_base)).unet
+    assert found["plain LoRA"]["trainable"] == add_lora(unet, ["attention"], rank=16).count()
+    for row in found.values():
+        assert 0 < row["seconds a step"] < 60 and 0.1 < row["peak GiB"] < 20
+        assert row["steps a second"] == pytest.approx(1 / row["seconds a step"])
+    assert found["plain LoRA"]["step / reference"] == 1 != found["plain BOFT"]["step / reference"]
+    assert found["plain BOFT"]["step / reference"] == pytest.approx(
+        found["plain BOFT"]["seconds a step"] / found["plain LoRA"]["seconds a step"]
+    )
 
 
-def test_a_run_of_the_trainer_is_timed_step_by_step(work, tmp_path):
-    found = run_trainer({"use_boft": True, "boft_block_size": 8}, work, TRAINER, tmp_path)
-    assert len(found["seconds"]) == 3 and 0 < min(found["seconds"]) < 60 and 0.1 < found["peak"] < 20
-    assert found["trained"] == plain_loop("boft", work)["trained"]
+def test_a_step_waits_for_its_turn(work, tmp_path):
+    with Racer("lora", work, TRAINER, tmp_path) as racer:
+        racer.read("trained")
+        assert not select.select([racer.process.stdout], [], [], 0.5)[0], "nobody has asked for a step"
+        assert racer.step() > 0
+    assert racer.process.returncode is not None
+
+
+def test_a_loop_that_fails_is_told_with_its_last_words(work, tmp_path):
+    nowhere = replace(work, base=str(tmp_path / "nowhere"))
+    with Racer("lora", nowhere, TRAINER, tmp_path) as racer, pytest.raises(RunError, match=r"exit code 1: .*nowhere"):
+        racer.read("trained")

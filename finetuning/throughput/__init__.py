@@ -1,0 +1,1 @@
+"""What training costs end to end, the trainer beside peers' plain loops."""
