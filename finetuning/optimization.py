@@ -14,11 +14,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over parameter groups that carry their own rate and weight decay.
 
+    The fused one, in one pass: on a CPU the usual one spends its time between the many small tensors of an adapter, on
+    a GPU it allocates as much again for what is in between.
+
     Raises:
         InputError: 8-bit state is asked for without bitsandbytes.
     """
     if not eight_bit:
-        return torch.optim.AdamW(groups, betas=betas, eps=epsilon)
+        return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
     try:
         import bitsandbytes
     except ImportError:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import weakref
 
 import pytest
@@ -277,12 +278,20 @@ def test_the_rotated_weight_is_made_again_after_any_change(cached, change):
 # Compilation and DDP
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_compiled_model_has_the_values_and_gradients(dropout):
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="inductor's code for a CPU wants a C++ compiler"
+)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "backend"),  # aot_eager: all of compilation but the code generator
+    [(0.0, "aot_eager"), (0.4, "aot_eager"), pytest.param(0.0, "inductor", marks=[needs_compiler, pytest.mark.slow])],
+)
+def test_compiled_model_has_the_values_and_gradients(dropout, backend):
     model = adapted(boft_dropout=dropout).eval()
     y, true = model(X), gradients(model, model(X).square().sum())
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")  # all of compilation but the code generator
+    compiled = torch.compile(model, backend=backend)
     torch.testing.assert_close(compiled(X), y)
     assert_same(gradients(model, compiled(X).square().sum()), true)
     with torch.no_grad():
