@@ -165,17 +165,24 @@ def times(rows: Sequence[Row], seconds: dict[str, float], path: Path) -> None:
 
 
 def selection(table: Sequence[Row], criterion: str, path: Path) -> None:
-    """What each learning rate gives on the subjects of the selection."""
+    """What each learning rate gives on the subjects of the selection; those tried on fewer ones stand apart, because
+    subjects are not equally easy."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for method, colour in colours(table).items():
-        own = sorted((float(r["learning rate"]), r["total"], r.get("chosen")) for r in where(table, method=method))
-        axis.semilogx([o[0] for o in own], [o[1] for o in own], "o-", ms=5, color=colour, label=method)
-        chosen = [o for o in own if o[2]]
-        axis.plot([o[0] for o in chosen], [o[1] for o in chosen], "o", ms=12, mfc="none", mew=1.6, color=colour)
+        own = sorted(where(table, method=method), key=lambda row: float(row["learning rate"]))
+        most = max(row["runs"] for row in own)
+        for rows, style in (
+            ([row for row in own if row["runs"] == most], {"ls": "-", "ms": 5, "label": method}),
+            ([row for row in own if row["runs"] < most], {"ls": "", "ms": 4, "mfc": "none", "alpha": 0.6}),
+            ([row for row in own if row.get("chosen")], {"ls": "", "ms": 12, "mfc": "none", "mew": 1.6}),
+        ):
+            rates, totals = [float(row["learning rate"]) for row in rows], [row["total"] for row in rows]
+            axis.semilogx(rates, totals, marker="o", color=colour, **style)
     axis.set_xlabel("learning rate")
     axis.set_ylabel(criterion)
-    axis.set_title("Learning rates on the subjects of the selection; rings: chosen", loc="left", fontsize=11)
+    title = "Learning rates on the subjects of the selection; rings: chosen; hollow: tried on fewer"
+    axis.set_title(title, loc="left", fontsize=11)
     _plain(axis)
     _legend(axis)
     _save(figure, path)
