@@ -31,6 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.allocator import keep_freed_memory
+from finetuning.config import InputError, run_command
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
@@ -418,6 +419,12 @@ def training(args) -> None:
         args.precision = content["settings"].get("mixed_precision", "no")
     if args.candidates:
         candidates = {k: v for k, v in candidates.items() if k == reference or any(p in k for p in args.candidates)}
+    if len(candidates) < 2:
+        said = f"--candidates={' '.join(args.candidates)}" if args.candidates else f"--grid={args.grid}"
+        raise InputError(f"{said}: names none beside the reference, {reference}")
+    if faults := [f"--{name}={getattr(args, name)}: must be 1 or more" for name in ("steps", "rounds")
+                  if getattr(args, name) < 1]:  # fmt: skip
+        raise InputError(*faults)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         base = embedded if args.base == "embedded" else args.base
         if args.base == "sd15":
@@ -442,7 +449,7 @@ def training(args) -> None:
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -478,9 +485,9 @@ def main() -> None:
     command.add_argument("--candidates", nargs="+", help="only candidates whose names contain one of these")
     command.add_argument("--json", help="also write the figures to this file")
 
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

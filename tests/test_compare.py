@@ -250,6 +250,9 @@ CASES = {
     "no such baseline": ({"baseline": "LoRA"}, "baseline 'LoRA' is no method"),
     "an unknown key": ({"method": 1}, "unknown key method"),
     "no learning rates": ({"methods": {"BOFT": {"settings": {}}}}, "learning_rates"),
+    "rates that go on where none are chosen": (
+        {"report": {"subjects": ["mug"], "seeds": [0], "keep": 2}}, "unknown key report.keep",
+    ),
     "no rate that goes on": (
         {"selection": {"subjects": ["boat"], "seeds": [0], "keep": 0}}, "keep=0: must be at least 1",
     ),

@@ -243,6 +243,8 @@ def _grid(content: dict[str, Any], output_dir: Path | None) -> Grid:
     parts = {}
     for name in ("selection", "report"):
         if part := content.pop(name, None):
+            known = {"subjects", "seeds"} | ({"keep"} if name == "selection" else set())
+            content |= {f"{name}.{key}": part[key] for key in part if key not in known}  # told as unknown
             keep = int(part["keep"]) if name == "selection" and part.get("keep") is not None else None
             parts[name] = Part(tuple(map(str, part["subjects"])), tuple(map(int, part["seeds"])), keep)
     sweeps = {}

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_evaluation import load_script
 
 from finetuning.adapter import add_boft, add_lora
-from finetuning.config import RunError
+from finetuning.config import RunError, run_command
 from finetuning.stable_diffusion import load_stable_diffusion
 from finetuning.throughput.inputs import write_images
 from finetuning.throughput.measure import Racer, Workload, measure
@@ -40,6 +41,14 @@ def test_the_trainer_and_plain_loops_take_turns_and_train_as_much(work, toy_base
     assert found["plain BOFT"]["step / reference"] == pytest.approx(
         found["plain BOFT"]["seconds a step"] / found["plain LoRA"]["seconds a step"]
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--candidates", "nothing"], "names none beside"), (["--rounds=0"], "--rounds=0: must be 1")]
+)
+def test_a_benchmark_of_nothing_is_one_line(flags, words, capsys):
+    assert run_command(load_script("benchmark").main, ["training", *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_step_waits_for_its_turn(work, tmp_path):
