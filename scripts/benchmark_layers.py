@@ -5,8 +5,9 @@
 
 A step of the whole UNet takes twenty times as long as what an adapter adds to it, so that the noise of the one hides
 the other. Here are the layers without the rest, with random weights and inputs of the true sizes, without biases,
-forward and backward; candidates take turns in one process; medians. The last row is the solution of the rotations, for
-all layers together, which is contained in the rows above it.
+forward and backward; candidates take turns in one process; medians. The last rows are the solution of the rotations,
+for all layers together, which is contained in the rows above them, and three grouped products of the same blocks: what
+the Cayley transform would cost, forward and backward, if its inverse were no more than a product.
 """
 
 from __future__ import annotations
@@ -116,24 +117,32 @@ def measure_layers(shapes: list[Shape], rounds: int) -> dict[str, float]:
     return measure({title: lambda m=model: step(m, inputs, gradients) for title, model in models.items()}, rounds)
 
 
-def measure_solution(rounds: int) -> dict[str, float]:
-    """Cayley transform and composition of all layers, forward and backward."""
-
-    def call(parameters: list[torch.Tensor]) -> None:
-        for R in parameters:
-            super_blocks(R).sum().backward()
-            R.grad = None
-
-    calls = {}
+def rotations() -> dict[str, list[torch.Tensor]]:
+    """The stored parameters of each BOFT candidate in all layers, those of one shape side by side, (m, ΣD, b, b)."""
+    found = {}
     for title, model in candidates(Layers(layers_of_unet())).items():
         if title in BOFT:
             sizes: dict[tuple[int, int], int] = {}
             for layer in model.model.layers:
                 m, D, b, _ = layer.boft_R["a"].shape
                 sizes[m, b] = sizes.get((m, b), 0) + D
-            parameters = [(0.02 * torch.randn(m, D, b, b)).requires_grad_() for (m, b), D in sizes.items()]
-            calls[title] = lambda p=parameters: call(p)
-    return measure(calls, rounds)
+            found[title] = [(0.02 * torch.randn(m, D, b, b)).requires_grad_() for (m, b), D in sizes.items()]
+    return found
+
+
+def solve(parameters: list[torch.Tensor]) -> None:
+    """Cayley transform and composition, forward and backward."""
+    for R in parameters:
+        super_blocks(R).sum().backward()
+        R.grad = None
+
+
+@torch.no_grad()
+def multiply(parameters: list[torch.Tensor]) -> None:
+    """One product for the forward pass, two for the backward pass."""
+    for R in parameters:
+        R @ R
+        R.mT @ R @ R.mT
 
 
 def main() -> int:
@@ -152,7 +161,9 @@ def main() -> int:
         group = [s for s in shapes if s == shape]
         rows[f"{len(group)} of {shape}"] = measure_layers(group, args.rounds)
     rows["all 128"] = {title: sum(row[title] for row in rows.values()) for title in next(iter(rows.values()))}
-    rows["rotations"] = measure_solution(args.rounds)
+    parameters = rotations()
+    for name, work in {"rotations": solve, "three products": multiply}.items():
+        rows[name] = measure({title: lambda p=p, w=work: w(p) for title, p in parameters.items()}, args.rounds)
 
     titles = list(rows["all 128"])
     print(f"milliseconds, forward and backward; medians of {args.rounds} rounds, {args.threads} threads\n")

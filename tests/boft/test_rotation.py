@@ -54,7 +54,7 @@ def test_batch_last_is_the_definition(d, b, m, std, few_are_enough):
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("b", [65, 160])
+@pytest.mark.parametrize("b", [33, 65, 160])
 @pytest.mark.parametrize("std", [0.1, 30.0], ids=["trained", "large"])
 def test_large_blocks_are_inverted_by_halves(b, std):
     S = skew(parameters(2 * b, b, 1, std=std))
@@ -106,6 +106,17 @@ def test_rotation_is_orthogonal(d, b, m, std, few_are_enough):
 def test_zeros_are_the_identity_bit_for_bit():
     blocks = blocks_of(torch.zeros(3, 8, 4, 4))
     assert torch.equal(blocks, torch.eye(16).expand(2, 16, 16))
+    for b in (33, 160):  # inverted by halves
+        assert torch.equal(blocks_of(torch.zeros(1, 2, b, b)), torch.eye(b).expand(2, b, b))
+
+
+@pytest.mark.parametrize("b", [24, 40])  # by LAPACK and by halves
+def test_gradient_of_blocks_that_lapack_or_halves_invert(b):
+    R, weights = parameters(2 * b, b, 1).requires_grad_(), torch.randn(2, b, b, dtype=torch.float64)
+    S, I = skew(R), torch.eye(b, dtype=torch.float64)
+    reference = ((I - S) @ torch.linalg.inv(I + S)).flatten(0, 1)
+    fast, slow = (torch.autograd.grad((Q * weights).sum(), R)[0] for Q in (blocks_of(R), reference))
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3])
