@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_FOR_LAPACK = 32  # on several threads, batches of larger matrices can keep LAPACK busy for minutes
+LARGEST_FOR_LAPACK = 64  # on several threads, batches of larger matrices can keep LAPACK busy for minutes
 NEWTON_ABOVE = 2.0  # entries of S from which an inverse that was found without pivots needs a Newton step
 
 
@@ -46,9 +46,9 @@ class _Factors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, R: Tensor) -> Tensor:
-        A = R - R.mT  # 2 (I + S), whose inverse is (Q + I) / 4: a pass over memory less
-        A.diagonal(dim1=-2, dim2=-1).add_(2)
-        Q = _inverse(A).mul_(4)
+        A = (R - R.mT).mul_(0.5)
+        A.diagonal(dim1=-2, dim2=-1).add_(1)
+        Q = _inverse(A).mul_(2)
         Q.diagonal(dim1=-2, dim2=-1).sub_(1)
         ctx.save_for_backward(Q)
         return Q
@@ -56,47 +56,40 @@ class _Factors(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        A = ctx.saved_tensors[0] * 0.5
-        A.diagonal(dim1=-2, dim2=-1).add_(0.5)  # (I + S)⁻¹
-        dS = A.mT @ grad @ A.mT  # times -2
-        return dS.mT - dS
+        A = ctx.saved_tensors[0].clone()
+        A.diagonal(dim1=-2, dim2=-1).add_(1)  # 2 (I + S)⁻¹
+        dS = A.mT @ grad @ A.mT  # times -1/2
+        return (dS.mT - dS).mul_(0.25)
 
 
 def _inverse(A: Tensor) -> Tensor:
-    """Inverse of A = 2 (I + S), S skew-symmetric, (..., b, b).
+    """Inverse of A = I + S, S skew-symmetric, (..., b, b).
 
     A is never singular, so that `inv_ex` needs no check, which would synchronize with a GPU.
     """
     if A.device.type != "cpu" or A.shape[-1] <= LARGEST_FOR_LAPACK or torch.compiler.is_compiling():
         return torch.linalg.inv_ex(A).inverse
-    X = torch.empty_like(A)
-    _inverse_by_halves(A.flatten(0, -3), X.flatten(0, -3), polish=bool(A.max() > 2 * NEWTON_ABOVE))
-    return X
+    return _inverse_by_halves(A.flatten(0, -3), polish=bool(A.max() > NEWTON_ABOVE)).view(A.shape)
 
 
-def _inverse_by_halves(A: Tensor, X: Tensor, polish: bool) -> None:
-    """Writes the inverse of A (n, b, b) to X, from that of the upper left quarter P and of its Schur complement, in
-    grouped products that write where their result belongs.
+def _inverse_by_halves(A: Tensor, polish: bool) -> Tensor:
+    """Inverse of (n, b, b) from that of the upper left quarter P and of its Schur complement, in grouped products.
 
-    The symmetric part of A is 2 I, and that of its Schur complements at least 2 I: no pivots need to be looked for.
-    Large entries cost precision all the same, which a Newton step gives back.
+    The symmetric part of A is I, and that of its Schur complements at least I: no pivots need to be looked for. Large
+    entries cost precision all the same, which a Newton step gives back.
     """
     b = A.shape[-1]
     if b <= LARGEST_FOR_LAPACK:
-        X.copy_(torch.linalg.inv_ex(A).inverse)
-        return
+        return torch.linalg.inv_ex(A).inverse
     h = b // 2
     U, V, W = A[:, :h, h:], A[:, h:, :h], A[:, h:, h:]
-    P = A.new_empty(len(A), h, h)
-    _inverse_by_halves(A[:, :h, :h], P, polish)
-    PU, VP = torch.bmm(P, U).neg_(), torch.bmm(V, P).neg_()
-    Z = X[:, h:, h:]
-    _inverse_by_halves(torch.baddbmm(W, VP, U), Z, polish)
-    torch.bmm(PU, Z, out=X[:, :h, h:])
-    torch.bmm(Z, VP, out=X[:, h:, :h])
-    torch.baddbmm(P, X[:, :h, h:], VP, out=X[:, :h, :h])
-    if polish:
-        X.copy_(torch.baddbmm(X, X, A @ X, beta=2, alpha=-1))  # X (2 I - A X)
+    P = _inverse_by_halves(A[:, :h, :h], polish)
+    VP = V @ P
+    Z = _inverse_by_halves(torch.baddbmm(W, VP, U, alpha=-1), polish)
+    PUZ = P @ U @ Z
+    X = torch.empty_like(A)
+    X[:, :h, :h], X[:, :h, h:], X[:, h:, :h], X[:, h:, h:] = torch.baddbmm(P, PUZ, VP), -PUZ, -(Z @ VP), Z
+    return torch.baddbmm(X, X, A @ X, beta=2, alpha=-1) if polish else X  # X (2 I - A X)
 
 
 # One block butterfly component (BOFT, Section 4), without a permutation matrix.
