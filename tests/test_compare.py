@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import yaml
 from test_evaluation import load_script
 
-from finetuning.comparison import page, plots, results
+from finetuning.comparison import page, plots, results, running
 from finetuning.comparison.grid import Part, Point, read_grid
 from finetuning.comparison.running import lock, run_missing
 from finetuning.comparison.trainer import run_trainer
@@ -77,13 +79,13 @@ def test_a_grid_of_two_runs_in_pieces(world, toy_base, tmp_path, capsys):
     path = write_grid(tmp_path / "grid.yaml", world, toy_base, **sweeps)
     runs = tmp_path / "out" / "runs" / "BOFT" / "lr-0.001"
     first, mug = runs / "boat" / "seed-0" / "scores.json", runs / "mug" / "seed-0"
-    with lock(first.parent / "claim"):
-        assert command(path) == 0
-        assert not first.is_file(), "another process is at it"
     assert command(path, "--limit=1") == 0
     assert first.is_file() and not mug.exists()
     assert "0 of 1 reported runs" in capsys.readouterr().out
     before = first.stat().st_mtime_ns
+    with lock(mug / "claim"):
+        assert command(path) == 0
+        assert not (mug / "scores.json").is_file(), "another process is at it"
 
     assert command(path) == 0
     assert first.stat().st_mtime_ns == before, "what is done is not done again"
@@ -158,6 +160,24 @@ def test_runs_that_diverge_are_not_tried_again_and_those_that_fail_are(grid, tmp
     rows = [{**row, "step": 9} for row in results.read_rows(pieces, grid, TASK.scores) if row["method"] == "a"]
     rows += rows_of({("a", "boat", 0): 1.0}, 0.2, "selection") + rows_of({("a", "boat", 0): 0.5}, 0.3, "selection")
     assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.2}, "what diverged is never chosen"
+
+
+@pytest.mark.parametrize("what", ["a run that chooses", "class images"])
+def test_a_process_waits_for_what_others_must_do_first(grid, tmp_path, monkeypatch, what):
+    class Waiting(compare.ToySubjects):
+        trainer = tmp_path / "failing_trainer.py"
+
+    Waiting.trainer.write_text(FAILING)
+    monkeypatch.setattr(running, "PAUSE", 0.05)
+    (piece, *_), task, said = grid.selection_pieces(), Waiting(), []
+    file = piece.folder(grid) / "claim"
+    if what == "class images":
+        file = running.shared_folder(piece, grid, task).with_suffix(".claim")
+    others = ExitStack()
+    others.enter_context(lock(file))
+    threading.Timer(0.3, others.close).start()  # the other process dies
+    assert run_missing(lambda: [piece], grid, task, 9, said.append) == 1
+    assert said == ["waiting for other processes", "a/lr-0.1/boat/seed-0"]
 
 
 def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1, phase: str = "report") -> list[dict]:

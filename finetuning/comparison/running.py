@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from .results import choose_rates, keep_rates, read_rows
 from .trainer import run_trainer
 
 FAILURES = 3  # runs that fail before a process gives up: one may be an accident
+PAUSE = 2  # seconds between two looks at what other processes have done
 Pieces = Callable[[], Sequence[Piece]]
 
 
@@ -52,6 +54,8 @@ def pieces_of(grid: Grid, task: Task) -> list[Piece]:
 def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callable[[str], None]) -> int:
     """Train and score what is missing and not claimed by others, at most `limit` runs; returns how many were run.
 
+    Ends when all that is left is what others work on, not when others must first do what more can follow from.
+
     Args:
         pieces: is asked anew after every run, because reported runs follow from what the others have shown.
 
@@ -59,12 +63,19 @@ def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callabl
         RunError: some trainers have failed; the others have run first, unless there are FAILURES of them.
     """
     errors: dict[Path, RunError] = {}
-    count = 0
+    count, is_waiting = 0, False
     while count < limit and len(errors) < FAILURES:
         left = [piece for piece in pieces() if piece.folder(grid) not in errors]
         with claim_next(left, grid, task) as (piece, locks):
             if piece is None:
-                break
+                if not any(leads_on(piece, grid) for piece in left):
+                    break
+                if not is_waiting:
+                    say("waiting for other processes")
+                is_waiting = True
+                time.sleep(PAUSE)
+                continue
+            is_waiting = False
             count += 1
             say(str(piece.folder(grid).relative_to(grid.output_dir / "runs")))
             try:
@@ -103,6 +114,15 @@ def claim_next(pieces: Sequence[Piece], grid: Grid, task: Task) -> Iterator[tupl
                 yield piece, locks
                 return
     yield None, []
+
+
+def leads_on(piece: Piece, grid: Grid) -> bool:
+    """Whether a run that cannot be claimed now leaves something to do later: it waits for class images that another
+    process makes, or another process runs it to choose a learning rate, with which more will be run."""
+    if piece.is_complete(grid):
+        return False
+    with lock(piece.folder(grid) / "claim") as own:
+        return own is not None or piece.phase == "selection"
 
 
 @contextmanager
