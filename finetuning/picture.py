@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,13 +96,12 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, font, w
 
 def _wrap(text: str, font, width: int) -> str:
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
+    for word in re.split(r"(?<=[ +-])", " ".join(text.split())):  # a line may end after a hyphen or plus, too
+        if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
             lines.append(word)
         else:
-            lines[-1] = longer
-    return "\n".join(lines)
+            lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _height(text: str, font) -> int:

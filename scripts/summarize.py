@@ -112,8 +112,8 @@ def ablation_blocks(folder: Path) -> dict[str, str]:
         return {"ablation": NOT_YET}
     rows, facts = page.load(folder / "ablation")
     text = f"`{facts.command}`, {facts.date}, {facts.machine}: {answers.progress(rows, facts)}\n"
-    plots.block_sizes(rows, folder / "block-sizes.png")
     rows += beside(rows, folder)
+    plots.block_sizes(rows, folder / "block-sizes.png")
     means, differences = summary(rows, facts.baseline, facts.scores)
     columns = ["method", "trained", "learning rate", "runs", *SHORT]
     text += markdown(with_intervals([{k: row.get(k) for k in columns} for row in means]))

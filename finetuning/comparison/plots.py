@@ -122,29 +122,38 @@ def strengths(rows: Sequence[Row], path: Path) -> None:
 
 
 def block_sizes(rows: Sequence[Row], path: Path) -> None:
-    """Scores over the block size, a curve a number of factors; of methods that are named "b=8 m=2"."""
-    found: dict[int, list[tuple[int, str]]] = {}
-    reported = ends(rows, "report")
+    """Fidelity over the block size, over what is trained, and against drift: a curve a number of factors, from the
+    methods that are named "b=8 m=2"; diamonds are the others."""
+    reported, sizes = ends(rows, "report"), {}
     for name in methods_of(reported):
-        if match := re.fullmatch(r"b=(\d+) m=(\d+)", name):
-            found.setdefault(int(match[2]), []).append((int(match[1]), name))
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, score in zip(axes, ("subject_new", "context", "drift")):
-        for m, sizes in sorted(found.items()):
-            x = [b for b, _ in sorted(sizes)]
-            each = [mean_and_interval(list(by_subject(reported, name, score).values())) for _, name in sorted(sizes)]
-            half = [0 if h != h else h for _, h in each]
-            axis.errorbar([b * 1.03 ** (m - 2) for b in x], [v for v, _ in each], half, fmt="o-", ms=5, capsize=3,
-                          color=colormaps["tab10"](m - 1), label=f"m = {m}")  # fmt: skip
-        axis.set_xscale("log", base=2)
-        ticks = sorted({b for sizes in found.values() for b, _ in sizes})
-        axis.set_xticks(ticks, ticks)
-        axis.set_xlabel("block size b")
-        axis.set_ylabel(f"{NAMES[score]}{DIRECTIONS.get(score, '')}")
+        match = re.fullmatch(r"b=(\d+) m=(\d+)", name)
+        sizes.setdefault(f"m = {match[2]}" if match else name, []).append((int(match[1]) if match else 0, name))
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    order = sorted(sizes, key=lambda label: (not sizes[label][0][0], label if sizes[label][0][0] else ""))
+    for i, label in enumerate(order):
+        x, names = zip(*sorted(sizes[label]))
+        each = [by_subject(reported, name, "subject_new").values() for name in names]
+        style = {"color": colormaps["tab20"](2 * i % 20 + i // 10), "label": label}
+        style |= {"marker": "o", "ls": "-", "ms": 5} if x[0] else {"marker": "D", "ls": "", "ms": 6}
+        y = [mean_and_interval(list(values))[0] for values in each]
+        if x[0]:
+            axes[0].plot(x, y, **style)
+        for axis, score in zip(axes[1:], ("trained", "drift")):
+            axis.plot([mean_of(where(reported, method=name), score) for name in names], y, **style)
+    ticks = sorted({b for own in sizes.values() for b, _ in own if b})
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(ticks, ticks)
+    axes[0].set_xlabel("block size b")
+    axes[0].set_ylabel(NAMES["subject_new"])
+    axes[1].set_xlabel("trained numbers, thousands")
+    axes[1].xaxis.set_major_formatter(lambda n, _: f"{n / 1000:,.0f}")
+    axes[2].set_xlabel(f"{NAMES['drift']} (less is better)")
+    for axis in axes:
         _plain(axis)
     _legend(axes[2])
-    figure.suptitle("Means over subjects with 95 % confidence intervals", x=0.01, ha="left", fontsize=11)
+    title = "Block size and factors, layers, rate of the scale: means over subjects"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     _save(figure, path)
 
 
