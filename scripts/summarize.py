@@ -43,7 +43,7 @@ TITLES = {  # of the short table, in its order
 }  # fmt: skip
 DEPTH = (("BOFT b=8 m=2", "BOFT b=16 m=1"), ("BOFT b=2 m=4", "BOFT b=8 m=2"))
 COSTS = ("drift", "leak")
-OTHER = "LoRA r=11"  # stands beside the ablation
+OTHERS = ("LoRA r=5", "LoRA r=11")  # stand beside the ablation
 NOT_YET = "Not yet.\n"
 RESULTS = "{results}"  # in links: the folder of the results, as the page sees it
 
@@ -123,11 +123,12 @@ def ablation_blocks(folder: Path) -> dict[str, str]:
 
 
 def beside(rows: list[Row], folder: Path) -> list[Row]:
-    """The comparison's runs of `OTHER` on the same subjects and seeds, as at the end of training."""
+    """The comparison's runs of `OTHERS` on the same subjects and seeds, as at the end of training."""
     if not (folder / "compare.csv").is_file():
         return []
     runs = {(row["individual"], row["seed"]) for row in ends(rows, "report")}
-    others = ends(where(page.load(folder / "compare")[0], method=OTHER), "report")
+    compared = page.load(folder / "compare")[0]
+    others = [row for name in OTHERS for row in ends(where(compared, method=name), "report")]
     return [row for row in others if (row["individual"], row["seed"]) in runs]
 
 
