@@ -133,14 +133,14 @@ def block_sizes(rows: Sequence[Row], path: Path) -> None:
     order = sorted(sizes, key=lambda label: (not sizes[label][0][0], label if sizes[label][0][0] else ""))
     for i, label in enumerate(order):
         x, names = zip(*sorted(sizes[label]))
-        each = [by_subject(reported, name, "subject_new").values() for name in names]
+        own = [where(reported, method=name) for name in names]
         style = {"color": colormaps["tab20"](2 * i % 20 + i // 10), "label": label}
         style |= {"marker": "o", "ls": "-", "ms": 5} if x[0] else {"marker": "D", "ls": "", "ms": 6}
-        y = [mean_and_interval(list(values))[0] for values in each]
+        y = [mean_of(rows, "subject_new") for rows in own]
         if x[0]:
             axes[0].plot(x, y, **style)
         for axis, score in zip(axes[1:], ("trained", "drift")):
-            axis.plot([mean_of(where(reported, method=name), score) for name in names], y, **style)
+            axis.plot([mean_of(rows, score) for rows in own], y, **style)
     ticks = sorted({b for own in sizes.values() for b, _ in own if b})
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks(ticks, ticks)
