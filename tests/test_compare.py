@@ -169,15 +169,18 @@ def test_a_process_waits_for_what_others_must_do_first(grid, tmp_path, monkeypat
 
     Waiting.trainer.write_text(FAILING)
     monkeypatch.setattr(running, "PAUSE", 0.05)
-    (piece, *_), task, said = grid.selection_pieces(), Waiting(), []
-    file = piece.folder(grid) / "claim"
+    task, said = Waiting(), []
     if what == "class images":
+        piece = grid.report_pieces({"a": 0.1})[0]
         file = running.shared_folder(piece, grid, task).with_suffix(".claim")
+    else:
+        piece = grid.selection_pieces()[0]
+        file = piece.folder(grid) / "claim"
     others = ExitStack()
     others.enter_context(lock(file))
     threading.Timer(0.3, others.close).start()  # the other process dies
     assert run_missing(lambda: [piece], grid, task, 9, said.append) == 1
-    assert said == ["waiting for other processes", "a/lr-0.1/boat/seed-0"]
+    assert said == ["waiting for other processes", f"a/lr-0.1/{piece.subject}/seed-0"]
 
 
 def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1, phase: str = "report") -> list[dict]:
