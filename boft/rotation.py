@@ -20,77 +20,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_FOR_LAPACK = 64  # on several threads, batches of larger matrices can keep LAPACK busy for minutes
-NEWTON_ABOVE = 2.0  # entries of S from which an inverse that was found without pivots needs a Newton step
-
-
-def skew(R: Tensor) -> Tensor:
-    """Skew-symmetric part S = (R - Rᵀ) / 2 of the stored parameters, (..., b, b)."""
-    return 0.5 * (R - R.mT)
-
-
-def cayley(S: Tensor) -> Tensor:
-    """Orthogonal matrices Q = (I - S)(I + S)⁻¹ of skew-symmetric S, (..., b, b). Never has the eigenvalue -1."""
-    return factors(S)  # S is its own skew part
-
-
-# Cayley transform (BOFT, Section 3, with S = -Q of the paper).
-def factors(R: Tensor) -> Tensor:
-    """cayley(skew(R)) in few passes over memory: the blocks of the factors from the stored parameters, (..., b, b)."""
-    return _Factors.apply(R)
-
-
-class _Factors(torch.autograd.Function):
-    """Since Q = 2 (I + S)⁻¹ - I, one inverse gives Q, and Q alone gives the gradient: no second solve, nothing else
-    saved."""
-
-    @staticmethod
-    def forward(ctx, R: Tensor) -> Tensor:
-        A = (R - R.mT).mul_(0.5)
-        A.diagonal(dim1=-2, dim2=-1).add_(1)
-        Q = _inverse(A).mul_(2)
-        Q.diagonal(dim1=-2, dim2=-1).sub_(1)
-        ctx.save_for_backward(Q)
-        return Q
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        A = ctx.saved_tensors[0].clone()
-        A.diagonal(dim1=-2, dim2=-1).add_(1)  # 2 (I + S)⁻¹
-        dS = A.mT @ grad @ A.mT  # times -1/2
-        return (dS.mT - dS).mul_(0.25)
-
-
-def _inverse(A: Tensor) -> Tensor:
-    """Inverse of A = I + S, S skew-symmetric, (..., b, b).
-
-    A is never singular, so that `inv_ex` needs no check, which would synchronize with a GPU.
-    """
-    if A.device.type != "cpu" or A.shape[-1] <= LARGEST_FOR_LAPACK or torch.compiler.is_compiling():
-        return torch.linalg.inv_ex(A).inverse
-    return _inverse_by_halves(A.flatten(0, -3), polish=bool(A.max() > NEWTON_ABOVE)).view(A.shape)
-
-
-def _inverse_by_halves(A: Tensor, polish: bool) -> Tensor:
-    """Inverse of (n, b, b) from that of the upper left quarter P and of its Schur complement, in grouped products.
-
-    The symmetric part of A is I, and that of its Schur complements at least I: no pivots need to be looked for. Large
-    entries cost precision all the same, which a Newton step gives back.
-    """
-    b = A.shape[-1]
-    if b <= LARGEST_FOR_LAPACK:
-        return torch.linalg.inv_ex(A).inverse
-    h = b // 2
-    U, V, W = A[:, :h, h:], A[:, h:, :h], A[:, h:, h:]
-    P = _inverse_by_halves(A[:, :h, :h], polish)
-    VP = V @ P
-    Z = _inverse_by_halves(torch.baddbmm(W, VP, U, alpha=-1), polish)
-    PUZ = P @ U @ Z
-    X = torch.empty_like(A)
-    X[:, :h, :h], X[:, :h, h:], X[:, h:, :h], X[:, h:, h:] = torch.baddbmm(P, PUZ, VP), -PUZ, -(Z @ VP), Z
-    return torch.baddbmm(X, X, A @ X, beta=2, alpha=-1) if polish else X  # X (2 I - A X)
-
 
 # One block butterfly component (BOFT, Section 4), without a permutation matrix.
 def apply_factor(x: Tensor, Q: Tensor, i: int) -> Tensor:
@@ -127,8 +56,8 @@ def compose(Q: Tensor) -> Tensor:
     Returns:
         Super-blocks, (D / 2^(m-1), K, K), K = b · 2^(m-1).
     """
-    C = Q[0]  # (D, b, b)
-    for i, factor in enumerate(Q[1:], start=1):
+    C, *others = Q.unbind()  # (D, b, b) each; unlike Q[0], its gradient is not first a Q of zeros
+    for i, factor in enumerate(others, start=1):
         C = _Join.apply(C, factor, i)
     return C
 

@@ -9,6 +9,7 @@ alike. It is an economy only: a layer that is called without it solves for itsel
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from boft.functional import can_divide
 from boft.layer import BOFTLayer, draw_kept_blocks
 from boft.rotation import dtype_of_products
-from boft.super_blocks import super_blocks
+from boft.super_blocks import all_super_blocks
 
 
 class RotationSolver:
@@ -78,11 +79,10 @@ class RotationSolver:
             for adapter in call.adapters:
                 R = call.solvable(adapter)
                 groups[R.shape[0], R.shape[-1], R.device, R.dtype].append((call, adapter, R))
-        for (m, *_), members in groups.items():
-            blocks = super_blocks(torch.cat([R for _, _, R in members], dim=1))  # (Σ D / 2^(m-1), K, K)
-            sizes = [R.shape[1] >> (m - 1) for _, _, R in members]
-            cast = blocks.to(multiplied_dtype(members[0][0].layer))
-            for (call, adapter, _), part, cast_part in zip(members, blocks.split(sizes), cast.split(sizes)):
+        for members in groups.values():
+            solved = all_super_blocks([R for _, _, R in members])
+            cast = cast_together(solved, multiplied_dtype(members[0][0].layer))
+            for (call, adapter, _), part, cast_part in zip(members, solved, cast):
                 call.layer.solved.put_blocks(adapter, part)
                 if call.trains and len(call.adapters) == 1:
                     call.layer.prepare_product(cast_part, call.s)
@@ -137,6 +137,13 @@ def look_at_scales(calls: list[Call]) -> None:
             divides = can_divide(torch.cat([call.s for call in members]))
         for call in members:
             call.layer.solved.divides = divides
+
+
+def cast_together(blocks: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of one dtype in another, in one operation for all."""
+    if blocks[0].dtype == dtype:
+        return blocks
+    return torch.cat(tuple(blocks)).to(dtype).split([len(part) for part in blocks])
 
 
 def multiplied_dtype(layer: BOFTLayer) -> torch.dtype:

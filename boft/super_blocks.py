@@ -1,40 +1,48 @@
 """From stored parameters to super-blocks, (m, D, b, b) -> (D / P, K, K) with P = 2^(m-1) and K = b P, fast.
 
-`super_blocks` is compose(factors(R)). On a GPU that is what runs: a few batched kernels. On a CPU, batched
-products and inverses of such small matrices spend their time on calling BLAS and LAPACK for each one. There, the
-matrices of a batch are laid side by side in the last axis instead, and every step of an algorithm is one vector
-operation over all of them; a chunk of the batch goes through all steps while it is in the cache.
+It is compose(factors(R)). On a GPU that is what runs, for all layers together: a few batched kernels. On a CPU, small
+blocks are laid side by side in the last axis instead (`boft.batch_last`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from boft.rotation import NEWTON_ABOVE, compose, factors
+from boft.batch_last import SMALLEST_BATCH, accumulate, diagonal, from_batch_last, invert, product, to_batch_last
+from boft.cayley import NEWTON_ABOVE, factors
+from boft.rotation import compose
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
-SMALLEST_BATCH = 64  # fewer groups are less work than calling an operation for each step
-CHUNK_BYTES = 1 << 22  # of one copy of R: what fits the cores' caches
+SMALLEST_ALONE = 64  # blocks above that are work enough for an operation for each layer, which saves copies
+CHUNK_BYTES = 1 << 23  # of one copy of R, which goes through all steps while it is in the caches
 
 
 def super_blocks(R: Tensor) -> Tensor:
     """The super-blocks of B, differentiable.
 
     Args:
-        R: Stored parameters, (m, D, b, b), float32 or float64. Blocks of several layers may stand side by side along
-            D, each a multiple of P = 2^(m-1).
+        R: Stored parameters, (m, D, b, b), float32 or float64.
 
     Returns:
         (D / P, K, K), K = b · P. Orthogonal.
     """
-    m, D, b, _ = R.shape
-    is_small = b <= LARGEST_BLOCK and D >> (m - 1) >= SMALLEST_BATCH
-    if R.device.type == "cpu" and is_small and not torch.compiler.is_compiling():
-        return _BatchLast.apply(R)
-    return compose(factors(R))
+    return all_super_blocks([R])[0]
+
+
+def all_super_blocks(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`super_blocks` of several layers, which may differ in D, in a few operations for all of them."""
+    m, _, b, _ = parameters[0].shape
+    D = [R.shape[1] for R in parameters]
+    on_cpu = parameters[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    is_small = b <= LARGEST_BLOCK and sum(D) >> (m - 1) >= SMALLEST_BATCH
+    if on_cpu and m == 1 and b > SMALLEST_ALONE:
+        return factors(*(R.view(R.shape[1:]) for R in parameters))
+    R = torch.cat(tuple(parameters), dim=1)
+    blocks = _BatchLast.apply(R) if on_cpu and is_small else compose(factors(R)[0])
+    return blocks.split([size >> (m - 1) for size in D])
 
 
 class _BatchLast(torch.autograd.Function):
@@ -48,11 +56,11 @@ class _BatchLast(torch.autograd.Function):
         ctx.chunk = max(128, CHUNK_BYTES // (m * P * b * b * R.element_size()))
         saved = []
         for part, out in zip(R.split(ctx.chunk * P, dim=1), blocks.split(ctx.chunk)):
-            Q = _cayley(torch.stack([_to_batch_last(factor, P) for factor in part]))
+            Q = _cayley(torch.stack([to_batch_last(factor, P) for factor in part]))
             products = [Q[0]]
             for i in range(1, m):
                 products.append(_join(products[-1], Q[i], i))
-            _from_batch_last(products[-1], out)
+            from_batch_last(products[-1], out)
             saved += [Q, *products[1:-1]]
         ctx.save_for_backward(*saved)
         return blocks
@@ -66,83 +74,35 @@ class _BatchLast(torch.autograd.Function):
         for dblocks, out in zip(grad.contiguous().split(ctx.chunk), dR.split(ctx.chunk * P, dim=1)):
             Q = next(saved)
             products = [Q[0], *(next(saved) for _ in range(m - 2))]
-            dC, dQ = _to_batch_last(dblocks, 1), torch.empty_like(Q)
+            dC, dQ = to_batch_last(dblocks, 1), torch.empty_like(Q)
             for i in range(m - 1, 0, -1):
                 dC = _join_backward(products[i - 1], Q[i], i, dC, dQ[i])
             dQ[0] = dC
             for factor, target in zip(_cayley_backward(Q, dQ), out):
-                _from_batch_last(factor, target)
+                from_batch_last(factor, target)
         return dR
-
-
-def _to_batch_last(X: Tensor, P: int) -> Tensor:
-    """(G · P, b, b) -> (P, b, b, G). Two-dimensional, because torch has a fast kernel for that."""
-    b = X.shape[-1]
-    return X.reshape(-1, P * b * b).t().contiguous().view(P, b, b, -1)
-
-
-def _from_batch_last(X: Tensor, out: Tensor) -> None:
-    """(P, b, b, G) -> (G · P, b, b)."""
-    G = X.shape[-1]
-    out.view(G, -1).copy_(X.view(-1, G).t())
-
-
-def _accumulate(out: Tensor, terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Writes the sum of the elementwise products of all pairs."""
-    for number, (left, right) in enumerate(terms):
-        if number == 0:
-            torch.mul(left, right, out=out)
-        else:
-            out.addcmul_(left, right)
-    return out
-
-
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """A B of matrices (..., b, b, G)."""
-    terms = ((A[..., :, j, None, :], B[..., None, j, :, :]) for j in range(A.shape[-2]))
-    return _accumulate(torch.empty_like(B), terms)
-
-
-def _inverse(A: Tensor) -> Tensor:
-    """Inverse of A = I + S, (..., b, b, G), in its place, by Gauss-Jordan elimination.
-
-    The symmetric part of A is I, and that of its Schur complements at least I: no pivots need to be looked for.
-    """
-    for k in range(A.shape[-2]):
-        pivot = A[..., k, k, :].reciprocal()
-        row = A[..., k, :, :] * pivot[..., None, :]
-        row[..., k, :] = pivot
-        column = A[..., :, k, :].clone()
-        A[..., :, k, :] = 0
-        A.addcmul_(column[..., :, None, :], row[..., None, :, :], value=-1)
-        A[..., k, :, :] = row
-    return A
 
 
 def _cayley(R: Tensor) -> Tensor:
     """Q = 2 (I + S)⁻¹ - I of S = (R - Rᵀ) / 2, (..., b, b, G)."""
-    A = (R - R.transpose(-3, -2)).mul_(0.5)
-    is_large = A.max() > NEWTON_ABOVE  # of S: it is skew-symmetric
-    _diagonal(A).fill_(1)
-    X = _inverse(A.clone() if is_large else A)
+    A = R - R.transpose(-3, -2)
+    is_large = A.max() > 2 * NEWTON_ABOVE
+    diagonal(A).fill_(2)
+    X = invert(A.clone() if is_large else A)  # half the inverse of I + S
     if is_large:
-        X = 2 * X - _product(X, _product(A, X))
-    X.mul_(2)
-    _diagonal(X).sub_(1)
+        X = 2 * X - product(X, product(A, X))
+    X.mul_(4)
+    diagonal(X).sub_(1)
     return X
 
 
 def _cayley_backward(Q: Tensor, dQ: Tensor) -> Tensor:
-    """dS = -½ Aᵀ dQ Aᵀ with A = Q + I, since Q = 2 (I + S)⁻¹ - I; dR = (dS - dSᵀ) / 2."""
-    A = Q.clone()
-    _diagonal(A).add_(1)
-    A = A.transpose(-3, -2)
-    dS = _product(_product(A, dQ), A)
-    return (dS.transpose(-3, -2) - dS).mul_(0.25)
-
-
-def _diagonal(A: Tensor) -> Tensor:
-    return A.diagonal(dim1=-3, dim2=-2)
+    """Gradient of R, see `boft.cayley`."""
+    X = 0.5 * Q
+    diagonal(X).add_(0.5)  # (I + S)⁻¹
+    X = X.transpose(-3, -2)
+    halved = product(product(X, dQ), X)  # gradient of S, times -1/2
+    return halved.transpose(-3, -2) - halved
 
 
 # One step of the composition (see `rotation.compose`): factor i joins two neighbouring blocks h' of the product C of
@@ -165,7 +125,7 @@ def _join(C: Tensor, Q: Tensor, i: int) -> Tensor:
     terms = (
         (Q[..., t, :].transpose(1, 2)[..., None, :], C[:, :, :, t].transpose(1, 2)[:, None, :, None]) for t in range(r)
     )
-    return _accumulate(out, terms).view(u, 2 * k, 2 * k, G)
+    return accumulate(out, terms).view(u, 2 * k, 2 * k, G)
 
 
 def _join_backward(C: Tensor, Q: Tensor, i: int, grad: Tensor, dQ: Tensor) -> Tensor:
@@ -180,10 +140,10 @@ def _join_backward(C: Tensor, Q: Tensor, i: int, grad: Tensor, dQ: Tensor) -> Te
         (grad[..., c, :].transpose(1, 2)[..., None, :], C[..., c, :].transpose(1, 2)[:, :, None, None])
         for c in range(k)
     )
-    _accumulate(dQ, terms)
+    accumulate(dQ, terms)
     terms = (
         (Q[:, :, h, t].transpose(1, 2)[..., None, :], grad[:, h, :, t].transpose(1, 2)[:, :, :, None])
         for h in (0, 1)
         for t in range(r)
     )
-    return _accumulate(torch.empty_like(C), terms).view(shape)
+    return accumulate(torch.empty_like(C), terms).view(shape)

@@ -279,7 +279,8 @@ def print_peak(args) -> None:
 
 def measure_rotation(rounds: int) -> list[dict]:
     """Milliseconds of the part that does not see the batch: Cayley transform and composition, forward and backward."""
-    from boft.rotation import cayley, compose, skew
+    from boft.cayley import cayley, skew
+    from boft.rotation import compose
     from boft.shape import fits
 
     rows = []

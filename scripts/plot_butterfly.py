@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from boft.rotation import apply_blocks, apply_factor, cayley, compose, skew
+from boft.cayley import cayley, skew
+from boft.rotation import apply_blocks, apply_factor, compose
 
 
 def random_factors(d: int, b: int, m: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from torch import nn
 
 from boft import BOFTConfig, BOFTLayer, add_weighted_adapter, set_strength
 from boft.layer import draw_kept_blocks
-from boft.rotation import cayley, compose, dense, skew
+from boft.cayley import cayley, skew
+from boft.rotation import compose, dense
 
 TARGETS = ["first", "second", "conv"]
 
