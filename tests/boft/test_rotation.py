@@ -5,8 +5,8 @@ import torch
 from dense import dense_linear, dense_rotation
 
 import boft.super_blocks
-from boft.functional import linear_reference, prefers_weight_side, rotated_linear, rotated_weight
 from boft.cayley import cayley, skew
+from boft.functional import linear_reference, prefers_weight_side, rotated_linear, rotated_weight
 from boft.rotation import apply_blocks, apply_factor, compose, dense, rotate_weight
 from boft.super_blocks import CHUNK_BYTES, LARGEST_BLOCK, super_blocks
 

@@ -7,8 +7,8 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from boft import BOFTConfig, BOFTLayer, add_weighted_adapter, set_strength
-from boft.layer import draw_kept_blocks
 from boft.cayley import cayley, skew
+from boft.layer import draw_kept_blocks
 from boft.rotation import compose, dense
 
 TARGETS = ["first", "second", "conv"]
