@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from boft.rotation import apply_blocks, outer_blocks, rotate_weight, rotate_weight_transposed
+from boft.rotation import (
+    apply_blocks,
+    from_groups,
+    in_groups,
+    outer_blocks,
+    rotate_weight,
+    rotate_weight_transposed,
+)
 
 SMALLEST_DIVISOR = 0.25  # dividing by a smaller scale would amplify what rounding has left of an output and its bias
 
@@ -39,6 +46,7 @@ def rotated_linear(
     bias: Tensor | None,
     weight_side: bool | None = None,
     divides: bool = False,
+    R: Tensor | None = None,
 ) -> Tensor:
     """y = s ∘ (x B Wᵀ) + bias, fast, for a weight that does not train.
 
@@ -50,16 +58,21 @@ def rotated_linear(
         bias: (o,) in the dtype of x, or None. Neither rotated nor scaled.
         weight_side: Which route; None = the cheaper one.
         divides: Whether `can_divide(s)` is known to be true, which makes s cheaper.
+        R: Where m = 1, the stored parameters (1, d / K, K, K) that `blocks` are made of. They receive their gradient
+            from here, and `blocks` none, where that costs less.
 
     Returns:
         (..., o) in the dtype of x.
     """
+    T = x.numel() // x.shape[-1]
     if weight_side is None:
-        weight_side = prefers_weight_side(x.numel() // x.shape[-1], W.shape[0], x.requires_grad)
+        weight_side = prefers_weight_side(T, W.shape[0], x.requires_grad)
+    if R is not None and (weight_side or not prefers_short_gradient(T, blocks.shape[-1], x.requires_grad)):
+        R = None
     # The output is kept without being a saved tensor (see below), so that it would escape those who handle saved
     # tensors themselves: gradient checkpointing and offloading.
     divides = divides and not has_saved_tensors_hooks()
-    return _RotatedLinear.apply(x, blocks, W, s, bias, weight_side, divides)
+    return _RotatedLinear.apply(x, blocks, W, s, bias, weight_side, divides, R)
 
 
 def has_saved_tensors_hooks() -> bool:
@@ -74,6 +87,15 @@ def prefers_weight_side(T: int, o: int, input_needs_grad: bool) -> bool:
     Grouped products in units of d · K: (3 T or 2 T) on the activation side, T + 2 o on the weight side.
     """
     return (3 if input_needs_grad else 2) * T > T + 2 * o
+
+
+def prefers_short_gradient(T: int, K: int, input_needs_grad: bool) -> bool:
+    """Whether `gradients_of_input_and_parameters` costs less than the gradient of the Cayley transform.
+
+    Grouped products in units of d · K: the rotated activations once more, and the gradient of x if nothing else needs
+    it, of T each; two of K otherwise. Half of these, because the former also pass over the activations.
+    """
+    return (1 if input_needs_grad else 2) * T <= K
 
 
 def rotated_convolution(
@@ -147,7 +169,7 @@ def linear_reference(x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tens
 
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, blocks, W, s, bias, weight_side, divides):
+    def forward(ctx, x, blocks, W, s, bias, weight_side, divides, R):
         folds = weight_side and (divides or not ctx.needs_input_grad[3])  # s goes into the weight
         if weight_side:
             W = rotate_weight_transposed(W, blocks, s if folds else None)  # (d, o)
@@ -167,9 +189,9 @@ class _RotatedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, blocks, W, s, bias, u = ctx.saved_tensors
         g = grad.reshape(-1, len(s))  # (T, o)
-        dx = dblocks = ds = dbias = None
+        dx = dblocks = ds = dbias = dR = None
 
-        needs_x, needs_blocks, _, needs_s, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_blocks, _, needs_s, needs_bias, _, _, needs_R = ctx.needs_input_grad
         if bias is not None and (needs_s or needs_bias):
             dbias = g.sum(0, dtype=s.dtype)
         if needs_s:
@@ -182,12 +204,14 @@ class _RotatedLinear(torch.autograd.Function):
                 dx = dx.view(x.shape)
             else:
                 dz = (g * s).to(W.dtype) @ W  # (T, d)
-                if needs_blocks:
+                if needs_R:
+                    dx, dR = gradients_of_input_and_parameters(x, dz, blocks)
+                elif needs_blocks:
                     dblocks = outer_blocks(x, dz, blocks)
                 if needs_x:
-                    dx = apply_blocks(dz, blocks.mT).view(x.shape)
+                    dx = (apply_blocks(dz, blocks.mT) if dx is None else dx).view(x.shape)
         dbias = dbias.to(bias.dtype) if needs_bias else None
-        return dx if needs_x else None, dblocks, None, ds, dbias, None, None
+        return dx if needs_x else None, dblocks, None, ds, dbias, None, None, dR
 
     @staticmethod
     def scale_gradient(ctx, x, blocks, W, s, bias, u, g, dbias) -> Tensor:
@@ -199,6 +223,27 @@ class _RotatedLinear(torch.autograd.Function):
         ds = (g * (y if u is None else u).reshape(g.shape)).sum(0, dtype=s.dtype)
         ds = ds if bias is None else ds - bias * dbias
         return ds / s if u is None else ds
+
+
+def gradients_of_input_and_parameters(x: Tensor, dz: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient dz of z = x Q, Q = 2 X - I the Cayley transform of R, X = (I + S)⁻¹: that of x, and that of R
+    without a product of K³.
+
+    The gradient of S is -2 Xᵀ (xᵀ dz) Xᵀ = -2 (x X)ᵀ (dz Xᵀ), and 2 x X = z + x, 2 dz Xᵀ = dx + dz.
+
+    Args:
+        x, dz: (..., d), (T, d). blocks: Q, (n, K, K), d = n · K.
+
+    Returns:
+        dx, (T, d), and the gradient of R, (1, n, K, K), float32 or float64.
+    """
+    rows, dz_rows = in_groups(x, blocks), in_groups(dz, blocks)  # (n, T, K)
+    dx_rows = torch.bmm(dz_rows, blocks.mT)
+    dx = from_groups(dx_rows, dz.dtype)
+    z_rows = torch.bmm(rows, blocks)
+    product = torch.bmm(z_rows.add_(rows).mul_(0.25).mT, dx_rows + dz_rows)  # gradient of S, times -1/2
+    product = product if product.dtype == torch.float64 else product.float()
+    return dx, torch.sub(product.mT, product, out=torch.empty_like(product))[None]
 
 
 class _RotatedWeight(torch.autograd.Function):

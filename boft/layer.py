@@ -213,9 +213,9 @@ class BOFTLayer(BaseTunerLayer):
         blocks = self.super_blocks(adapter)
         return blocks.to(dtype_of_products(dtype, blocks.device))
 
-    def prepare_product(self, blocks: Tensor, s: Tensor) -> None:
+    def prepare_product(self, blocks: Tensor, s: Tensor, R: Tensor) -> None:
         """Looks up once what every call in a forward pass needs. Called by the model's hook, with the super-blocks of
-        the one adapter that is applied, in the dtype of the product, and its scales."""
+        the one adapter that is applied, in the dtype of the product, its scales, and what the blocks are made of."""
 
     def scales(self, adapters: Sequence[str]) -> Tensor:
         """Product of the adapters' scales with their strengths, (o,)."""

@@ -40,9 +40,9 @@ class Linear(nn.Module, BOFTLayer):
         product, dtype = self.solved.product(), compute_dtype(x)
         if product is not None and product[0].dtype == dtype_of_products(dtype, x.device):
             # What the rest would come to, looked up by the hook:
-            blocks, W, s, bias = product
+            blocks, W, s, bias, R = product
             bias = None if bias is None else bias.to(dtype)
-            y = rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias, divides=self.solved.divides)
+            y = rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias, divides=self.solved.divides, R=R)
             return y.to(x.dtype)
 
         return BOFTLayer.forward(self, x, *args, **kwargs)
@@ -72,12 +72,12 @@ class Linear(nn.Module, BOFTLayer):
             return linear_reference(x, blocks, W, s, bias)
         return rotated_linear(x, blocks, W, s, bias, divides=self.solved.divides)
 
-    def prepare_product(self, blocks: Tensor, s: Tensor) -> None:
+    def prepare_product(self, blocks: Tensor, s: Tensor, R: Tensor) -> None:
         if self._base_is_plain():
             base = self.base_layer
             W = base.weight
             if not W.requires_grad:
-                self.solved.put_product(blocks, self._as_rows(W), s, base.bias)
+                self.solved.put_product(blocks, self._as_rows(W), s, base.bias, R if len(R) == 1 else None)
 
     def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
         """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""

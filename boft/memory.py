@@ -37,9 +37,9 @@ class Solved(Forgotten):
         self.divides = False  # whether no scale is near 0: `functional.can_divide`
         self.in_forward = False
 
-    def put_product(self, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None) -> None:
+    def put_product(self, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None, R: Tensor | None) -> None:
         """Arguments of `rotated_linear` for all calls in this forward pass."""
-        self._product = blocks, W, s, bias
+        self._product = blocks, W, s, bias, R
 
     def put_blocks(self, adapter: str, blocks: Tensor) -> None:
         self._blocks[adapter] = blocks

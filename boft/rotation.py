@@ -109,9 +109,18 @@ def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x B for rows x (..., d) and super-blocks (n, K, K), in the dtype of x."""
+    return from_groups(torch.bmm(in_groups(x, blocks), blocks), x.dtype).view(x.shape)
+
+
+def in_groups(x: Tensor, blocks: Tensor) -> Tensor:
+    """Rows x (..., d) as (n, T, K), in the dtype of super-blocks (n, K, K)."""
     n, K, _ = blocks.shape
-    z = torch.bmm(x.reshape(-1, n, K).transpose(0, 1).to(blocks.dtype), blocks)  # (n, T, K)
-    return z.transpose(0, 1).to(x.dtype, memory_format=torch.contiguous_format).reshape(x.shape)
+    return x.reshape(-1, n, K).transpose(0, 1).to(blocks.dtype)
+
+
+def from_groups(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, T, K) as rows (T, d), in row-major order."""
+    return z.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).flatten(1)
 
 
 def rotate_weight(W: Tensor, blocks: Tensor) -> Tensor:
@@ -128,9 +137,7 @@ def rotate_weight_transposed(W: Tensor, blocks: Tensor, s: Tensor | None = None)
 
 def outer_blocks(x: Tensor, y: Tensor, blocks: Tensor) -> Tensor:
     """The blocks (n, K, K) of xᵀ y on the diagonal, for rows x and y (..., d), in the dtype of `blocks`."""
-    n, K, _ = blocks.shape
-    left, right = x.reshape(-1, n, K).permute(1, 2, 0), y.reshape(-1, n, K).transpose(0, 1)
-    return torch.bmm(left.to(blocks.dtype), right.to(blocks.dtype))
+    return torch.bmm(in_groups(x, blocks).mT, in_groups(y, blocks))
 
 
 def dense(blocks: Tensor) -> Tensor:

@@ -82,10 +82,10 @@ class RotationSolver:
         for members in groups.values():
             solved = all_super_blocks([R for _, _, R in members])
             cast = cast_together(solved, multiplied_dtype(members[0][0].layer))
-            for (call, adapter, _), part, cast_part in zip(members, solved, cast):
+            for (call, adapter, R), part, cast_part in zip(members, solved, cast):
                 call.layer.solved.put_blocks(adapter, part)
                 if call.trains and len(call.adapters) == 1:
-                    call.layer.prepare_product(cast_part, call.s)
+                    call.layer.prepare_product(cast_part, call.s, R)
 
     def after_forward(self, model: nn.Module, args, output) -> None:
         if torch.compiler.is_compiling():

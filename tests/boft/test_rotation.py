@@ -6,7 +6,13 @@ from dense import dense_linear, dense_rotation
 
 import boft.super_blocks
 from boft.cayley import cayley, skew
-from boft.functional import linear_reference, prefers_weight_side, rotated_linear, rotated_weight
+from boft.functional import (
+    linear_reference,
+    prefers_short_gradient,
+    prefers_weight_side,
+    rotated_linear,
+    rotated_weight,
+)
 from boft.rotation import apply_blocks, apply_factor, compose, dense, rotate_weight
 from boft.super_blocks import CHUNK_BYTES, LARGEST_BLOCK, super_blocks
 
@@ -152,6 +158,33 @@ def test_fast_product_has_the_values_and_gradients_of_the_dense_one(d, b, m, row
         torch.autograd.grad((fast * weights).sum(), leaves), torch.autograd.grad((expected * weights).sum(), leaves)
     ):
         torch.testing.assert_close(computed, true)
+
+
+@pytest.mark.parametrize("input_learns", [False, True])
+@pytest.mark.parametrize("d, b", [(32, 8), (48, 24), (80, 80)])
+def test_gradient_of_few_rows_goes_to_the_parameters_without_that_of_the_blocks(d, b, input_learns):
+    R, W = parameters(d, b, 1).requires_grad_(), torch.randn(10, d, dtype=torch.float64)
+    x, s = torch.randn(2, 2, d, dtype=torch.float64), torch.linspace(0.5, 2, 10).double().requires_grad_()
+    x, weights = x.requires_grad_(input_learns), torch.randn(2, 2, 10, dtype=torch.float64)
+    leaves = [R, s, x] if input_learns else [R, s]
+    true = torch.autograd.grad((dense_linear(x, R, s, W, None) * weights).sum(), leaves)
+
+    blocks = blocks_of(R).detach().requires_grad_()
+    y = rotated_linear(x, blocks, W, s, None, R=R)
+    *computed, of_blocks = torch.autograd.grad((y * weights).sum(), [*leaves, blocks], allow_unused=True)
+    assert of_blocks is None
+    for fast, slow in zip(computed, true):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_gradient_of_many_rows_goes_through_the_blocks():
+    assert prefers_short_gradient(64, 160, input_needs_grad=True)
+    assert not prefers_short_gradient(77, 96, input_needs_grad=False)
+    R, W, x = parameters(32, 8, 1).requires_grad_(), torch.randn(10, 32).double(), torch.randn(9, 32).double()
+    blocks = blocks_of(R).detach().requires_grad_()
+    y = rotated_linear(x, blocks, W, torch.ones(10, dtype=torch.float64), None, weight_side=False, R=R)
+    of_R, of_blocks = torch.autograd.grad(y.sum(), [R, blocks], allow_unused=True)
+    assert of_R is None and of_blocks is not None
 
 
 @pytest.mark.parametrize("weight_side", [False, True])
