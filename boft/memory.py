@@ -86,6 +86,7 @@ class RotatedWeight(Forgotten):
         self._parameters: list[Tensor] = []
         self._base: Tensor | None = None  # an alias: while it lives, its memory cannot become another weight
         self.verified = False  # found to be current at the start of the running forward pass of the model
+        self._with_gradients = False  # when it was
 
     def keep(self, layer, adapters: Sequence[str], weight: Tensor) -> None:
         base = layer.get_base_layer().weight
@@ -95,6 +96,15 @@ class RotatedWeight(Forgotten):
         self._made_of = self._origin(layer, adapters)
         self._parameters = [parameter.detach().clone() for parameter in self._list(layer, adapters)]
         self._base = base.detach()
+
+    def verify(self, is_current: bool) -> None:
+        """Notes what the model's hook has found out."""
+        self.verified, self._with_gradients = is_current, torch.is_grad_enabled()
+
+    def serves(self) -> bool:
+        """Whether the weight is all that a call needs. Not if gradients were off when the hook saw that nothing
+        trains, and are on now."""
+        return self.verified and (self._with_gradients or not torch.is_grad_enabled())
 
     def is_current(self, layer, adapters: Sequence[str]) -> bool:
         if self.verified:

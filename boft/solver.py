@@ -112,18 +112,20 @@ class Call:
 
 
 def verify_rotated_weights(calls: list[Call]) -> None:
-    """Compares the parameters of all layers that keep a rotated weight in one go: each comparison would have a GPU
-    wait for its result."""
+    """Compares the parameters of all layers that keep a rotated weight; on a GPU in one go, because each comparison
+    would wait for its result."""
     groups = defaultdict(list)
     for call in calls:
         pairs = call.layer.rotated_weight.pairs(call.layer, call.adapters) if call.adapters else None
-        if pairs:
+        if pairs and pairs[0][1].device.type == "cpu":
+            call.layer.rotated_weight.verify(all(torch.equal(kept, now) for kept, now in pairs))
+        elif pairs:
             groups[pairs[0][1].device, pairs[0][1].dtype].append((call.layer, pairs))
     for members in groups.values():
         kept, now = (torch.cat([pair[i].flatten() for _, pairs in members for pair in pairs]) for i in (0, 1))
         is_same = torch.equal(kept, now)
         for layer, pairs in members:
-            layer.rotated_weight.verified = is_same or all(torch.equal(kept, now) for kept, now in pairs)
+            layer.rotated_weight.verify(is_same or all(torch.equal(kept, now) for kept, now in pairs))
 
 
 def look_at_scales(calls: list[Call]) -> None:

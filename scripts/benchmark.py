@@ -279,9 +279,8 @@ def print_peak(args) -> None:
 
 def measure_rotation(rounds: int) -> list[dict]:
     """Milliseconds of the part that does not see the batch: Cayley transform and composition, forward and backward."""
-    from boft.cayley import cayley, skew
-    from boft.rotation import compose
     from boft.shape import fits
+    from boft.super_blocks import super_blocks
 
     rows = []
     for d in (320, 640, 1280, 2560, 5120):
@@ -293,7 +292,7 @@ def measure_rotation(rounds: int) -> list[dict]:
                 seconds = []
                 for _ in range(rounds + 1):
                     start = time.perf_counter()
-                    compose(cayley(skew(R))).sum().backward()
+                    super_blocks(R).sum().backward()
                     seconds.append(time.perf_counter() - start)
                 rows.append({"d": d, "b": b, "m": m, "milliseconds": 1000 * statistics.median(seconds[1:])})
     return rows

@@ -5,9 +5,11 @@
 
 A step of the whole UNet takes twenty times as long as what an adapter adds to it, so that the noise of the one hides
 the other. Here are the layers without the rest, with random weights and inputs of the true sizes, without biases,
-forward and backward; candidates take turns in one process; medians. The last rows are the solution of the rotations,
-for all layers together, which is contained in the rows above them, and three grouped products of the same blocks: what
-the Cayley transform would cost, forward and backward, if its inverse were no more than a product.
+forward and backward, each kind by itself and then all as one model; candidates take turns in one process; medians.
+
+The last rows tell what is contained in that and what cannot be spared: the solution of the rotations of all layers;
+and the products alone, those of the frozen layers, the grouped products with the rotations, and the prompt's
+product with the weight, without which its keys and values have no gradient of the rotation.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import boft
-from boft.super_blocks import super_blocks
+from boft.functional import prefers_weight_side
+from boft.rotation import in_groups, outer_blocks
+from boft.super_blocks import all_super_blocks
 from finetuning.allocator import keep_freed_memory
 
 WIDTHS = {320: (1024, 5), 640: (256, 5), 1280: (64, 6)}  # channels: tokens, attention blocks; the sixth has 16 tokens
@@ -117,32 +121,61 @@ def measure_layers(shapes: list[Shape], rounds: int) -> dict[str, float]:
     return measure({title: lambda m=model: step(m, inputs, gradients) for title, model in models.items()}, rounds)
 
 
-def rotations() -> dict[str, list[torch.Tensor]]:
-    """The stored parameters of each BOFT candidate in all layers, those of one shape side by side, (m, ΣD, b, b)."""
+def rotations() -> dict[str, list[list[torch.Tensor]]]:
+    """The stored parameters (m, D, b, b) of each BOFT candidate in all layers, in groups of the same m and b."""
     found = {}
     for title, model in candidates(Layers(layers_of_unet())).items():
         if title in BOFT:
-            sizes: dict[tuple[int, int], int] = {}
+            groups: dict[tuple[int, int], list[torch.Tensor]] = {}
             for layer in model.model.layers:
-                m, D, b, _ = layer.boft_R["a"].shape
-                sizes[m, b] = sizes.get((m, b), 0) + D
-            found[title] = [(0.02 * torch.randn(m, D, b, b)).requires_grad_() for (m, b), D in sizes.items()]
+                R = layer.boft_R["a"]
+                groups.setdefault((R.shape[0], R.shape[-1]), []).append((0.02 * torch.randn_like(R)).requires_grad_())
+            found[title] = list(groups.values())
     return found
 
 
-def solve(parameters: list[torch.Tensor]) -> None:
+def solve(groups: list[list[torch.Tensor]]) -> None:
     """Cayley transform and composition, forward and backward."""
-    for R in parameters:
-        super_blocks(R).sum().backward()
-        R.grad = None
+    for parameters in groups:
+        blocks = all_super_blocks(parameters)
+        torch.autograd.backward(blocks, [torch.ones_like(part) for part in blocks])
+        for R in parameters:
+            R.grad = None
 
 
-@torch.no_grad()
-def multiply(parameters: list[torch.Tensor]) -> None:
-    """One product for the forward pass, two for the backward pass."""
-    for R in parameters:
-        R @ R
-        R.mT @ R @ R.mT
+def super_block_size(d: int, boft_n_butterfly_factor: int, boft_block_size: int, boft_block_num: int = 0) -> int:
+    """K of a layer with d features."""
+    return (boft_block_size or d // boft_block_num) << (boft_n_butterfly_factor - 1)
+
+
+def products(shapes: list[Shape]) -> dict[str, Callable[[], None]]:
+    """For each BOFT candidate, the products that no forward and backward pass can do without, as plain calls; for the
+    frozen layers theirs."""
+    tensors = [(torch.randn(s.tokens, s.d), torch.randn(s.tokens, s.o), torch.randn(s.o, s.d)) for s in shapes]
+    sizes = {title: [super_block_size(s.d, **size) for s in shapes] for title, size in BOFT.items()}
+    blocks = {title: [torch.randn(s.d // K, K, K) for s, K in zip(shapes, sizes[title])] for title in BOFT}
+
+    @torch.no_grad()
+    def frozen() -> None:
+        for shape, (x, g, W) in zip(shapes, tensors):
+            nn.functional.linear(x, W)
+            if shape.input_trains:
+                g @ W
+
+    @torch.no_grad()
+    def rotated(title: str) -> None:
+        for shape, (x, g, W), B in zip(shapes, tensors, blocks[title]):
+            nn.functional.linear(x, W)
+            dz = g @ W
+            outer_blocks(x, dz, B)
+            if prefers_weight_side(shape.tokens, shape.o, shape.input_trains):
+                torch.bmm(in_groups(W, B), B)
+            else:
+                torch.bmm(in_groups(x, B), B)
+                if shape.input_trains:
+                    torch.bmm(in_groups(dz, B), B)
+
+    return {"frozen": frozen} | {title: lambda t=title: rotated(t) for title in BOFT}
 
 
 def main() -> int:
@@ -160,10 +193,10 @@ def main() -> int:
     for shape in dict.fromkeys(shapes):
         group = [s for s in shapes if s == shape]
         rows[f"{len(group)} of {shape}"] = measure_layers(group, args.rounds)
-    rows["all 128"] = {title: sum(row[title] for row in rows.values()) for title in next(iter(rows.values()))}
+    rows["all 128"] = measure_layers(shapes, args.rounds)
     parameters = rotations()
-    for name, work in {"rotations": solve, "three products": multiply}.items():
-        rows[name] = measure({title: lambda p=p, w=work: w(p) for title, p in parameters.items()}, args.rounds)
+    rows["rotations"] = measure({title: lambda p=p: solve(p) for title, p in parameters.items()}, args.rounds)
+    rows["products alone"] = measure(products(shapes), args.rounds)
 
     titles = list(rows["all 128"])
     print(f"milliseconds, forward and backward; medians of {args.rounds} rounds, {args.threads} threads\n")

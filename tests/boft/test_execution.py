@@ -203,6 +203,38 @@ def fresh_output(model):
         return copy.deepcopy(model)(X)
 
 
+def test_the_kept_weight_is_all_that_a_verified_call_uses(cached, monkeypatch):
+    model, layer = cached
+    monkeypatch.setattr(type(layer), "adapted", lambda *args: pytest.fail("the layer looked for more"))
+    with torch.no_grad():
+        y = model(X)
+    monkeypatch.undo()
+    assert torch.equal(y, fresh_output(model))
+
+
+def test_gradients_within_a_forward_pass_without_gradients(cached):
+    model, layer = cached
+
+    class Within(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            with torch.enable_grad():
+                return self.inner(x)
+
+    base = model.base_model.model
+    base.first = Within(base.first)
+    with torch.no_grad():
+        model(X)
+    seen = []
+    base.first.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(X)
+    assert seen[0].grad_fn is not None
+
+
 def test_the_rotated_weight_is_kept_while_nothing_changes(cached):
     model, layer = cached
     kept = layer.rotated_weight.weight
