@@ -213,7 +213,7 @@ def test_the_kept_weight_is_all_that_a_verified_call_uses(cached, monkeypatch):
 
 
 def test_gradients_within_a_forward_pass_without_gradients(cached):
-    model, layer = cached
+    model, _ = cached
 
     class Within(nn.Module):
         def __init__(self, inner):
