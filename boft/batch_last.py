@@ -12,8 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-SMALLEST_BATCH = 64  # fewer matrices are less work than calling an operation for each step
-
 # A transposition is a product with the identity, exactly: torch transposes on one thread and a few floats at a time,
 # a BLAS on all, and it rearranges what it multiplies anyhow.
 

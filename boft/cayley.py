@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from boft.batch_last import SMALLEST_BATCH, from_batch_last, invert, to_batch_last
+from boft.batch_last import from_batch_last, invert, to_batch_last
 
 LARGEST_FOR_LAPACK = 64  # on several threads, batches of larger matrices can keep LAPACK busy for minutes
 LARGEST_FOR_ELIMINATION = 24  # by vector operations, on a CPU; larger matrices are inverted by halves
+SMALLEST_BATCH = 192  # fewer matrices are less work for LAPACK
 NEWTON_ABOVE = 2.0  # entries of S from which an inverse that was found without pivots needs a Newton step
 
 
@@ -83,9 +84,9 @@ def _inverse(A: Tensor) -> Tensor:
     A is never singular, so that `inv_ex` needs no check, which would synchronize with a GPU.
     """
     b, n = A.shape[-1], A.shape[:-2].numel()
-    if A.device.type != "cpu" or torch.compiler.is_compiling() or (n < SMALLEST_BATCH and b <= LARGEST_FOR_LAPACK):
+    if A.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.linalg.inv_ex(A).inverse
-    return _invert_by_halves(A.view(n, b, b), polish=bool(A.max() > 2 * NEWTON_ABOVE)).view(A.shape)
+    return _invert_by_halves(A.reshape(n, b, b), polish=bool(A.max() > 2 * NEWTON_ABOVE)).view(A.shape)
 
 
 def _invert_by_halves(A: Tensor, polish: bool) -> Tensor:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from boft.batch_last import SMALLEST_BATCH, accumulate, diagonal, from_batch_last, invert, product, to_batch_last
+from boft.batch_last import accumulate, diagonal, from_batch_last, invert, product, to_batch_last
 from boft.cayley import NEWTON_ABOVE, factors
 from boft.rotation import compose
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
+SMALLEST_BATCH = 64  # fewer groups are less work than calling an operation for each step
 SMALLEST_ALONE = 64  # blocks above that are work enough for an operation for each layer, which saves copies
 CHUNK_BYTES = 1 << 23  # of one copy of R, which goes through all steps while it is in the caches
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from dense import dense_linear, dense_rotation
 
+import boft.cayley
 import boft.super_blocks
 from boft.cayley import cayley, skew
 from boft.functional import (
@@ -61,9 +62,12 @@ def test_batch_last_is_the_definition(d, b, m, std, few_are_enough):
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("b", [65, 160])
+@pytest.mark.parametrize("elimination", [False, True])
+@pytest.mark.parametrize("b", [15, 20, 65, 160])
 @pytest.mark.parametrize("std", [0.1, 30.0], ids=["trained", "large"])
-def test_large_blocks_are_inverted_by_halves(b, std):
+def test_large_blocks_are_inverted_by_halves(b, std, elimination, monkeypatch):
+    if elimination:  # of the smallest parts, or else by LAPACK
+        monkeypatch.setattr(boft.cayley, "SMALLEST_BATCH", 1)
     S = skew(parameters(2 * b, b, 1, std=std))
     I = torch.eye(b, dtype=S.dtype)
     torch.testing.assert_close(cayley(S), (I - S) @ torch.linalg.inv(I + S), rtol=0, atol=1e-10)
@@ -110,10 +114,12 @@ def test_rotation_is_orthogonal(d, b, m, std, few_are_enough):
     assert (B @ B.T - torch.eye(d)).abs().max() < 2e-5
 
 
-def test_zeros_are_the_identity_bit_for_bit():
+@pytest.mark.parametrize("smallest_batch", [1, 192])  # elimination, LAPACK
+def test_zeros_are_the_identity_bit_for_bit(smallest_batch, monkeypatch):
+    monkeypatch.setattr(boft.cayley, "SMALLEST_BATCH", smallest_batch)
     blocks = blocks_of(torch.zeros(3, 8, 4, 4))
     assert torch.equal(blocks, torch.eye(16).expand(2, 16, 16))
-    for b in (65, 160):  # inverted by halves
+    for b in (15, 65, 160):
         assert torch.equal(blocks_of(torch.zeros(1, 2, b, b)), torch.eye(b).expand(2, b, b))
 
 
