@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 # A transposition is a product with the identity, exactly: torch transposes on one thread and a few floats at a time,
-# a BLAS on all, and it rearranges what it multiplies anyhow.
+# a BLAS on all, and it rearranges what it multiplies anyhow. (What is not finite spreads within its super-block, which
+# it would not leave finite either.)
 
 
 def to_batch_last(X: Tensor, P: int = 1) -> Tensor:

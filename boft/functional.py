@@ -84,9 +84,10 @@ def has_saved_tensors_hooks() -> bool:
 def prefers_weight_side(T: int, o: int, input_needs_grad: bool) -> bool:
     """Whether rotating the weight costs less than rotating T rows of activations, forward and backward together.
 
-    Grouped products in units of d · K: (3 T or 2 T) on the activation side, T + 2 o on the weight side.
+    Grouped products in units of d · K, and as much for each pass over activations that the weight side has not: 5 T
+    (z, dx, their rows put together, and the gradient of B) or 3 T on the activation side, T + 2 o on the weight side.
     """
-    return (3 if input_needs_grad else 2) * T > T + 2 * o
+    return (5 if input_needs_grad else 3) * T > T + 2 * o
 
 
 def prefers_short_gradient(T: int, K: int, input_needs_grad: bool) -> bool:

@@ -16,7 +16,7 @@ from boft.cayley import NEWTON_ABOVE, factors
 from boft.rotation import compose
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
-SMALLEST_BATCH = 64  # fewer groups are less work than calling an operation for each step
+SMALLEST_BATCH = 128  # fewer groups are less work than calling an operation for each step
 SMALLEST_ALONE = 64  # blocks above that are work enough for an operation for each layer, which saves copies
 CHUNK_BYTES = 1 << 23  # of one copy of R, which goes through all steps while it is in the caches
 

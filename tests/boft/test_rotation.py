@@ -233,3 +233,4 @@ def test_rotated_weight_has_the_gradients_of_the_dense_one(d, b, m, divides):
 def test_the_weight_is_rotated_where_rows_are_many():
     assert prefers_weight_side(4096, 320, input_needs_grad=True)
     assert not prefers_weight_side(64, 1280, input_needs_grad=True)
+    assert not prefers_weight_side(77, 320, input_needs_grad=False)  # the prompt
