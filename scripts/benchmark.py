@@ -342,7 +342,8 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.35 * len(shown) + 1), layout="constrained")
     colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
     bars = axes.barh(list(shown), list(shown.values()), color=colors)
-    axes.bar_label(bars, fmt="%.2f", padding=3)
+    for label in axes.bar_label(bars, fmt="%.2f", padding=4):
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line at 1
     axes.margins(x=0.1)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
