@@ -17,7 +17,7 @@ from boft.rotation import compose
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
 SMALLEST_BATCH = 128  # fewer groups are less work than calling an operation for each step
-SMALLEST_ALONE = 64  # blocks above that are work enough for an operation for each layer, which saves copies
+LARGEST_TOGETHER = 64  # larger blocks are work enough for operations of each layer's own, which saves copies
 CHUNK_BYTES = 1 << 23  # of one copy of R, which goes through all steps while it is in the caches
 
 
@@ -39,7 +39,7 @@ def all_super_blocks(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     D = [R.shape[1] for R in parameters]
     on_cpu = parameters[0].device.type == "cpu" and not torch.compiler.is_compiling()
     is_small = b <= LARGEST_BLOCK and sum(D) >> (m - 1) >= SMALLEST_BATCH
-    if on_cpu and m == 1 and b > SMALLEST_ALONE:
+    if on_cpu and m == 1 and b > LARGEST_TOGETHER:
         return factors(*(R.view(R.shape[1:]) for R in parameters))
     R = torch.cat(tuple(parameters), dim=1)
     blocks = _BatchLast.apply(R) if on_cpu and is_small else compose(factors(R)[0])

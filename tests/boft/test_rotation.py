@@ -15,7 +15,7 @@ from boft.functional import (
     rotated_weight,
 )
 from boft.rotation import apply_blocks, apply_factor, compose, dense, rotate_weight
-from boft.super_blocks import CHUNK_BYTES, LARGEST_BLOCK, super_blocks
+from boft.super_blocks import CHUNK_BYTES, LARGEST_BLOCK, all_super_blocks, super_blocks
 
 # (d, b, m): one factor, odd and single blocks, two to full depth, blocks of 2, one super-block and several
 SHAPES = [
@@ -72,6 +72,19 @@ def test_large_blocks_are_inverted_by_halves(b, std, elimination, monkeypatch):
     I = torch.eye(b, dtype=S.dtype)
     torch.testing.assert_close(cayley(S), (I - S) @ torch.linalg.inv(I + S), rtol=0, atol=1e-10)
     torch.testing.assert_close(cayley(S.float()), cayley(S).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("b, m", [(4, 2), (16, 1), (80, 1)])  # large blocks take a way of their own
+def test_layers_together_are_each_layer_alone(b, m):
+    layers = [parameters(D * b, b, m, seed=D).requires_grad_() for D in (2, 4, 2)]
+    together, alone = all_super_blocks(layers), [blocks_of(R) for R in layers]
+    for fast, slow in zip(together, alone):
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    weights = torch.randn_like(alone[1])  # the others take no part in the loss
+    fast = torch.autograd.grad((together[1] * weights).sum(), layers, allow_unused=True)
+    (slow,) = torch.autograd.grad((alone[1] * weights).sum(), layers[1])
+    torch.testing.assert_close(fast[1], slow, rtol=1e-9, atol=1e-11)
+    assert all(grad is None or not grad.any() for grad in (fast[0], fast[2]))
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
