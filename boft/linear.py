@@ -36,7 +36,7 @@ class Linear(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., d) -> (..., o), in the dtype of x."""
-        if self.rotated_weight.serves() and self._base_is_plain():
+        if self.rotated_weight.serves() and not self.disable_adapters and self._base_is_plain():
             return self._linear(x, self.rotated_weight.weight).to(x.dtype)
         self.solved.check_grad_mode()
         product, dtype = self.solved.product(), compute_dtype(x)
