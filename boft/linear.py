@@ -36,7 +36,9 @@ class Linear(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., d) -> (..., o), in the dtype of x."""
-        if self.rotated_weight.serves() and not self.disable_adapters and self._base_is_plain():
+        if self.disable_adapters or self.merged:  # perhaps since the hook ran
+            return BOFTLayer.forward(self, x, *args, **kwargs)
+        if self.rotated_weight.serves() and self._base_is_plain():
             return self._linear(x, self.rotated_weight.weight).to(x.dtype)
         self.solved.check_grad_mode()
         product, dtype = self.solved.product(), compute_dtype(x)
@@ -46,7 +48,6 @@ class Linear(nn.Module, BOFTLayer):
             bias = None if bias is None else bias.to(dtype)
             y = rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias, divides=self.solved.divides, R=R)
             return y.to(x.dtype)
-
         return BOFTLayer.forward(self, x, *args, **kwargs)
 
     def adapted(self, x: Tensor, adapters: list[str]) -> Tensor:

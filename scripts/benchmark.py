@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -204,11 +205,14 @@ def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.pe
 
 
 def interleaved(models: dict[str, nn.Module], step: Callable, rounds: int) -> dict[str, list[float]]:
-    """Times all models in turn, round after round, after one round that does not count. The order is turned by one
-    every round, so that no model always follows the same one."""
+    """Times all models in turn, round after round, after one round that does not count. Every round has an order of
+    its own, drawn at random, so that no model always follows the same one: what that one left in caches and in the
+    allocator counts."""
     names, seconds = list(models), {name: [] for name in models}
+    shuffle = random.Random(0).shuffle
     for round_ in range(rounds + 1):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+        shuffle(names)
+        for name in names:
             taken = step(models[name])
             if round_ > 0:
                 seconds[name].append(taken)

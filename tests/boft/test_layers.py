@@ -97,6 +97,22 @@ def test_disabled_adapter_is_the_base_model_bit_for_bit():
     assert torch.equal(model.unload()(x), expected)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_layer_disabled_within_a_forward_pass_is_its_base_layer(grad):
+    model = randomize(adapted(4, 2))
+    x = torch.randn(9, 32)
+    first, second = layers(model)["first"], layers(model)["second"]
+    seen = []
+    first.register_forward_hook(lambda *_: second.enable_adapters(False))
+    second.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):  # the second call finds a rotated weight where nothing trains
+            second.enable_adapters(True)
+            model(x)
+            (given, output) = seen.pop()
+            assert torch.equal(output, second.base_layer(given))
+
+
 def test_saved_adapter_loads_with_equal_outputs(tmp_path):
     model = randomize(adapted(4, 3))
     x = torch.randn(6, 32)
