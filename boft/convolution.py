@@ -76,4 +76,4 @@ class Conv2d(nn.Module, BOFTLayer):
             return self._from_rows(rotated_weight(blocks, W, s, self.solved.divides))
         for name in adapters:
             W = rotate_weight(W, self.blocks_for(name, W.dtype))
-        return self._from_rows((W * s[:, None]).to(W.dtype))
+        return self._from_rows((W * s.view(-1, 1)).to(W.dtype))

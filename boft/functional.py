@@ -54,7 +54,7 @@ def rotated_linear(
         x: Input, (..., d).
         blocks: Super-blocks of B, (d / K, K, K), in `dtype_of_products` of x. Orthogonal.
         W: Weight, (o, d), in the dtype of x. Receives no gradient.
-        s: Scales, (o,), float32 or the dtype of x.
+        s: Scales, o elements in any shape, float32 or the dtype of x.
         bias: (o,) in the dtype of x, or None. Neither rotated nor scaled.
         weight_side: Which route; None = the cheaper one.
         divides: Whether `can_divide(s)` is known to be true, which makes s cheaper.
@@ -117,7 +117,7 @@ def rotated_convolution(
         x: Input, (N, C, H, W).
         blocks: Super-blocks of B, (d / K, K, K), d = C · kh · kw, as in `rotated_linear`.
         W: Filters, (o, d), in the dtype of x. Receives no gradient.
-        s: Scales, (o,); bias: (o,) or None.
+        s: Scales, o elements; bias: (o,) or None.
         convolution: Gives the geometry. One group.
         divides: As in `rotated_linear`.
 
@@ -148,48 +148,53 @@ def output_size(x: Tensor, convolution: nn.Conv2d) -> tuple[int, int]:
 
 
 def rotated_weight(blocks: Tensor, W: Tensor, s: Tensor, divides: bool = False) -> Tensor:
-    """diag(s) W Bᵀ, (o, d), differentiable in the super-blocks and s; W (o, d) receives no gradient."""
+    """diag(s) W Bᵀ, (o, d), differentiable in the super-blocks and s, o elements; W (o, d) receives no gradient."""
     return _RotatedWeight.apply(blocks, W, s, divides)
 
 
-def scale_output(u: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-    """s ∘ (u - bias) + bias, for outputs u (..., o) that contain the bias; exactly u where s is 1."""
+def scale_output(u: Tensor, s: Tensor, bias: Tensor | None, in_place: bool = False) -> Tensor:
+    """s ∘ (u - bias) + bias, for outputs u (..., o) that contain the bias and scales s (o,); exactly u where s is 1.
+    `in_place`: the result may be written to u."""
+    out = u if in_place else None
     if bias is None:
-        return (u * s).to(u.dtype)
+        return torch.mul(u, s, out=out) if in_place or u.dtype == s.dtype else (u * s).to(u.dtype)
     offset = bias * (1 - s)
     if u.dtype == offset.dtype == s.dtype:
-        return torch.addcmul(offset, u, s)
+        return torch.addcmul(offset, u, s, out=out)
     return (u * s).add_(offset).to(u.dtype)
 
 
 def linear_reference(x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
     """The same as `rotated_linear` in plain differentiable operations: for `torch.compile`, which writes its own
     backward, and for weights that train."""
-    return scale_output(F.linear(apply_blocks(x, blocks), W, bias), s, bias)
+    return scale_output(F.linear(apply_blocks(x, blocks), W, bias), s.flatten(), bias)
 
 
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, W, s, bias, weight_side, divides, R):
+        # Reshaped in here, where it costs no node of the graph: there is one for each layer and step.
+        ctx.s_shape, s = s.shape, s.reshape(-1)
         folds = weight_side and (divides or not ctx.needs_input_grad[3])  # s goes into the weight
         if weight_side:
             W = rotate_weight_transposed(W, blocks, s if folds else None)  # (d, o)
             u = F.linear(x, W.t(), bias)
         else:
             u = F.linear(apply_blocks(x, blocks), W, bias)
-        y = u if folds else scale_output(u, s, bias)
+        keeps_u = ctx.needs_input_grad[3] and not divides
+        y = u if folds else scale_output(u, s, bias, in_place=not keeps_u)
         ctx.weight_side, ctx.folds, ctx.output = weight_side, folds, None
         if ctx.needs_input_grad[3] and divides:
             # Not as a saved tensor: whoever writes on the output in place, as nn.ReLU(inplace=True) does, may.
-            ctx.output, ctx.version, u = y.detach(), y._version, None
-        ctx.save_for_backward(x, blocks, W, s, bias, u if ctx.needs_input_grad[3] else None)
+            ctx.output, ctx.version = y.detach(), y._version
+        ctx.save_for_backward(x, blocks, W, s, bias, u if keeps_u else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, blocks, W, s, bias, u = ctx.saved_tensors
-        g = grad.reshape(-1, len(s))  # (T, o)
+        g = grad.reshape(-1, s.shape[0])  # (T, o)
         dx = dblocks = ds = dbias = dR = None
 
         needs_x, needs_blocks, _, needs_s, needs_bias, _, _, needs_R = ctx.needs_input_grad
@@ -202,17 +207,18 @@ class _RotatedLinear(torch.autograd.Function):
                 dx = g @ (W if ctx.folds else W * s.to(W.dtype)).t()  # (T, d)
                 if needs_blocks:
                     dblocks = outer_blocks(x, dx, blocks).bmm(blocks)
-                dx = dx.view(x.shape)
+                dx = dx.view(x.shape) if needs_x else None
             else:
                 dz = (g * s).to(W.dtype) @ W  # (T, d)
                 if needs_R:
                     dx, dR = gradients_of_input_and_parameters(x, dz, blocks)
                 elif needs_blocks:
                     dblocks = outer_blocks(x, dz, blocks)
-                if needs_x:
-                    dx = (apply_blocks(dz, blocks.mT) if dx is None else dx).view(x.shape)
+                if needs_x and dx is None:
+                    dx = apply_blocks(dz.view(x.shape), blocks.mT)
         dbias = dbias.to(bias.dtype) if needs_bias else None
-        return dx if needs_x else None, dblocks, None, ds, dbias, None, None, dR
+        ds = None if ds is None else ds.view(ctx.s_shape)
+        return dx, dblocks, None, ds, dbias, None, None, dR
 
     @staticmethod
     def scale_gradient(ctx, x, blocks, W, s, bias, u, g, dbias) -> Tensor:
@@ -236,11 +242,11 @@ def gradients_of_input_and_parameters(x: Tensor, dz: Tensor, blocks: Tensor) -> 
         x, dz: (..., d), (T, d). blocks: Q, (n, K, K), d = n · K.
 
     Returns:
-        dx, (T, d), and the gradient of R, (1, n, K, K), float32 or float64.
+        dx, as x, and the gradient of R, (1, n, K, K), float32 or float64.
     """
     rows, dz_rows = in_groups(x, blocks), in_groups(dz, blocks)  # (n, T, K)
     dx_rows = torch.bmm(dz_rows, blocks.mT)
-    dx = from_groups(dx_rows, dz.dtype)
+    dx = from_groups(dx_rows, x.shape, dz.dtype)
     z_rows = torch.bmm(rows, blocks)
     product = torch.bmm(z_rows.add_(rows).mul_(0.25).mT, dx_rows + dz_rows)  # gradient of S, times -1/2
     product = product if product.dtype == torch.float64 else product.float()
@@ -252,6 +258,7 @@ class _RotatedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, blocks, W, s, divides):
+        ctx.s_shape, s = s.shape, s.reshape(-1)
         result = rotate_weight(W, blocks).mul_(s[:, None])
         ctx.divides = divides
         ctx.save_for_backward(blocks, None if divides else W, s, result)
@@ -266,5 +273,5 @@ class _RotatedWeight(torch.autograd.Function):
             dblocks = outer_blocks(grad, result, blocks).bmm(blocks)
         if ctx.needs_input_grad[2]:
             ds = (grad * (result if ctx.divides else rotate_weight(W, blocks))).sum(1, dtype=s.dtype)
-            ds = ds / s if ctx.divides else ds
+            ds = (ds / s if ctx.divides else ds).view(ctx.s_shape)
         return dblocks, None, ds, None

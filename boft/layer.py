@@ -167,16 +167,22 @@ class BOFTLayer(BaseTunerLayer):
 
     # From parameters to rotations
 
+    def parameters_of(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """R and s, past the look-ups of `nn.Module` and `nn.ParameterDict`, of which a training step would make a
+        dozen a layer."""
+        modules = self._modules
+        return modules["boft_R"]._parameters[adapter], modules["boft_s"]._parameters[adapter]
+
     def applied_adapters(self) -> list[str]:
         """The active adapters that this layer has and that have any strength."""
-        return [name for name in self.active_adapters if name in self.boft_R and self.scaling[name] != 0]
+        return [name for name in self.active_adapters if self.scaling.get(name)]
 
     def trains(self, adapters: Sequence[str]) -> bool:
         """Whether gradients flow into the adapters, or dropout makes every call another."""
         if any(self.drops(name) for name in adapters):
             return True
         return torch.is_grad_enabled() and any(
-            self.boft_R[name].requires_grad or self.boft_s[name].requires_grad for name in adapters
+            parameter.requires_grad for name in adapters for parameter in self.parameters_of(name)
         )
 
     def drops(self, adapter: str) -> bool:
@@ -185,8 +191,7 @@ class BOFTLayer(BaseTunerLayer):
 
     def scaled_parameters(self, adapter: str) -> Tensor:
         """R with the strengths in it, (m, D, b, b), at least float32."""
-        R = self.boft_R[adapter]
-        R = R if R.dtype == torch.float64 else R.float()
+        R = at_least_float32(self.parameters_of(adapter)[0])
         if self.scaling[adapter] == 1 and self.factor_scaling[adapter] is None:
             return R
         strengths = self.strengths(adapter)
@@ -218,11 +223,10 @@ class BOFTLayer(BaseTunerLayer):
         the one adapter that is applied, in the dtype of the product, its scales, and what the blocks are made of."""
 
     def scales(self, adapters: Sequence[str]) -> Tensor:
-        """Product of the adapters' scales with their strengths, (o,)."""
+        """Product of the adapters' scales with their strengths, o elements in the shape of `scale_shape`."""
         result = None
         for name in adapters:
-            s, alpha = self.boft_s[name].flatten(), self.scaling[name]
-            s = s if s.dtype == torch.float64 else s.float()
+            s, alpha = at_least_float32(self.parameters_of(name)[1]), self.scaling[name]
             s = s if alpha == 1 else 1 + alpha * (s - 1)
             result = s if result is None else result * s
         return result
@@ -231,10 +235,10 @@ class BOFTLayer(BaseTunerLayer):
         """diag(s) W Bᵀ over all given adapters, in the shape of the base weight; rotated in float32, then cast."""
         base = self.get_base_weight()
         W = self._as_rows(base)  # (o, d)
-        W = W if W.dtype == torch.float64 else W.float()
+        W = at_least_float32(W)
         for name in adapters:
             W = rotate_weight(W, self.super_blocks(name))
-        return self._from_rows(W * self.scales(adapters)[:, None]).to(base.dtype)
+        return self._from_rows(W * self.scales(adapters).view(-1, 1)).to(base.dtype)
 
     def frozen_weight(self, adapters: Sequence[str]) -> Tensor:
         """The effective weight, kept from call to call while nothing that it was made of changes."""
@@ -345,6 +349,11 @@ def draw_kept_blocks(R: Tensor, p: float) -> Tensor:
     then a share p2 of the blocks of each; peft and this layer have one p, here with every component drawn (p1 = 1).
     """
     return torch.rand(*R.shape[:2], 1, 1, device=R.device) >= p
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, or a float32 copy of one in half precision."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -76,11 +76,9 @@ class Linear(nn.Module, BOFTLayer):
         return rotated_linear(x, blocks, W, s, bias, divides=self.solved.divides)
 
     def prepare_product(self, blocks: Tensor, s: Tensor, R: Tensor) -> None:
-        if self._base_is_plain():
-            base = self.base_layer
-            W = base.weight
-            if not W.requires_grad:
-                self.solved.put_product(blocks, self._as_rows(W), s, base.bias, R if len(R) == 1 else None)
+        base = self.base_layer
+        if self._base_is_plain() and not (W := base.weight).requires_grad:
+            self.solved.put_product(blocks, self._as_rows(W), s, base.bias, R if R.shape[0] == 1 else None)
 
     def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
         """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""
@@ -89,7 +87,7 @@ class Linear(nn.Module, BOFTLayer):
             z = apply_blocks(z, self.blocks_for(name, z.dtype))
         u = self.base_layer(z)
         bias = self.get_base_layer().bias
-        return scale_output(u, self.scales(adapters), None if bias is None else bias.to(u.dtype))
+        return scale_output(u, self.scales(adapters).flatten(), None if bias is None else bias.to(u.dtype))
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         bias = self.get_base_layer().bias

@@ -109,18 +109,21 @@ def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x B for rows x (..., d) and super-blocks (n, K, K), in the dtype of x."""
-    return from_groups(torch.bmm(in_groups(x, blocks), blocks), x.dtype).view(x.shape)
+    return from_groups(torch.bmm(in_groups(x, blocks), blocks), x.shape, x.dtype)
 
 
 def in_groups(x: Tensor, blocks: Tensor) -> Tensor:
     """Rows x (..., d) as (n, T, K), in the dtype of super-blocks (n, K, K)."""
     n, K, _ = blocks.shape
-    return x.reshape(-1, n, K).transpose(0, 1).to(blocks.dtype)
+    groups = x.reshape(-1, n, K).transpose(0, 1)
+    return groups if x.dtype == blocks.dtype else groups.to(blocks.dtype)
 
 
-def from_groups(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, T, K) as rows (T, d), in row-major order."""
-    return z.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).flatten(1)
+def from_groups(z: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """(n, T, K) as rows (..., d) of a shape, in row-major order."""
+    if z.dtype == dtype:
+        return z.transpose(0, 1).reshape(shape)
+    return z.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).view(shape)
 
 
 def rotate_weight(W: Tensor, blocks: Tensor) -> Tensor:

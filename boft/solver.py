@@ -136,7 +136,7 @@ def look_at_scales(calls: list[Call]) -> None:
             groups[call.s.device, call.s.dtype].append(call)
     for members in groups.values():
         with torch.no_grad():
-            divides = can_divide(torch.cat([call.s for call in members]))
+            divides = can_divide(torch.cat([call.s.flatten() for call in members]))
         for call in members:
             call.layer.solved.divides = divides
 

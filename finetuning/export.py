@@ -188,7 +188,7 @@ def save_for_peft(pipeline: StableDiffusionPipeline, folder: Path) -> list[str]:
                 key = f"base_model.model.{layer_name}"
                 if is_boft and name in layer.boft_R:
                     tensors[f"{key}.boft_R"] = _composed(layer, name, layer_name)
-                    tensors[f"{key}.boft_s"] = layer.scales([name]).view(layer.boft_s[name].shape)
+                    tensors[f"{key}.boft_s"] = layer.scales([name])
                 elif not is_boft and name in layer.lora_A:
                     tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].weight
                     tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].weight * state.strengths[name]
