@@ -40,6 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURES = ("step", "inference", "wrap", "memory", "rotation")
 REFERENCE = "LoRA r=16 (peft)"
 NO_SIZE = {"boft_block_size": 0}  # peft's default is 4; either size or number of blocks is given
+PROCESSES_FOR_MEMORY = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -205,17 +206,16 @@ def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.pe
 
 
 def interleaved(models: dict[str, nn.Module], step: Callable, rounds: int) -> dict[str, list[float]]:
-    """Times all models in turn, round after round, after one round that does not count. Every round has an order of
-    its own, drawn at random, so that no model always follows the same one: what that one left in caches and in the
-    allocator counts."""
+    """Seconds of a step of each model, all in turn, round after round. Before each step that counts comes one of the
+    same model that does not, as in training, where a step finds caches and memory as one like it has left them: right
+    after another model it can take a tenth longer. Every round has an order of its own, drawn at random."""
     names, seconds = list(models), {name: [] for name in models}
     shuffle = random.Random(0).shuffle
-    for round_ in range(rounds + 1):
+    for round_ in range(1, rounds + 1):
         shuffle(names)
         for name in names:
-            taken = step(models[name])
-            if round_ > 0:
-                seconds[name].append(taken)
+            step(models[name])
+            seconds[name].append(step(models[name]))
         print(f"  round {round_} of {rounds}", file=sys.stderr)
     return seconds
 
@@ -226,6 +226,14 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, float]:
         name: statistics.median(own / other for own, other in zip(values, seconds[reference]))
         for name, values in seconds.items()
     }
+
+
+def spread(seconds: list[float], reference: list[float]) -> float:
+    """Half the distance between the quartiles of the ratio to the reference within the round."""
+    if len(seconds) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles([own / other for own, other in zip(seconds, reference)], n=4)
+    return (upper - lower) / 2
 
 
 def measure_steps(args, candidates: list[str], step: Callable, reference: str) -> dict:
@@ -239,6 +247,7 @@ def measure_steps(args, candidates: list[str], step: Callable, reference: str) -
             "seconds": statistics.median(seconds[name]),
             "to base": to_base[name],
             "to LoRA": to_reference[name],
+            "±": spread(seconds[name], seconds[reference]),
             "trainable": sum(parameter.numel() for parameter in trainable(models[name])),
         }
         for name in candidates
@@ -260,16 +269,19 @@ def measure_wrapping(args, candidates: list[str]) -> dict:
 
 
 def measure_memory(args, candidates: list[str]) -> dict:
-    """Peak resident memory of two training steps, each candidate in a process of its own."""
-    results = {}
-    for name in candidates:
-        command = [sys.executable, __file__, "adapter", "--peak", name, "--batch", str(args.batch)]
-        command += ["--resolution", str(args.resolution), "--dtype", args.dtype, "--threads", str(args.threads)]
-        command += ["--convolutions"] if args.convolutions else []
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results[name] = {"peak GiB": float(done.stdout)}
-        print(f"  memory: {name} {done.stdout.strip()} GiB", file=sys.stderr)
-    return results
+    """Peak resident memory of two training steps, each candidate in processes of its own; the median of them, because
+    the allocator's luck moves it by ten megabytes."""
+    peaks: dict[str, list[float]] = {name: [] for name in candidates}
+    for process in range(PROCESSES_FOR_MEMORY):
+        for name in candidates:
+            command = [sys.executable, __file__, "adapter", "--peak", name, "--batch", str(args.batch)]
+            command += ["--resolution", str(args.resolution), "--dtype", args.dtype, "--threads", str(args.threads)]
+            command += ["--convolutions"] if args.convolutions else []
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[name].append(float(done.stdout))
+        print(f"  memory: process {process + 1} of {PROCESSES_FOR_MEMORY} of each", file=sys.stderr)
+    medians = {name: statistics.median(values) for name, values in peaks.items()}
+    return {name: {"peak GiB": peak, "memory to LoRA": peak / medians[REFERENCE]} for name, peak in medians.items()}
 
 
 def print_peak(args) -> None:
@@ -463,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--batch", type=int, default=1, help="images per step")
     command.add_argument("--resolution", type=int, default=32, help="edge of the latents; 64 is 512 pixels")
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and activations")
-    command.add_argument("--rounds", type=int, default=5, help="interleaved rounds, after one that does not count")
+    command.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     command.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a machine that others use too"
