@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import sys
 import time
@@ -45,7 +46,6 @@ BOFT = {
     "BOFT D=8 m=1": {"boft_block_size": 0, "boft_block_num": 8, "boft_n_butterfly_factor": 1},
 }
 REFERENCE = "LoRA r=16"
-WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,19 @@ def candidates(base: Layers) -> dict[str, nn.Module]:
 
 
 def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each call, medians over rounds in turn."""
+    """Milliseconds of each call, medians over rounds in turn, in a random order; before each that counts comes one of
+    the same kind that does not, see `benchmark.interleaved`."""
     seconds: dict[str, list[float]] = {title: [] for title in calls}
     titles = list(calls)
-    for round_ in range(rounds + WARM_UP):
-        at = round_ % len(titles)
-        for title in titles[at:] + titles[:at]:
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(titles)
+        for title in titles:
+            calls[title]()
             begun = time.perf_counter()
             calls[title]()
             seconds[title].append(time.perf_counter() - begun)
-    return {title: 1000 * statistics.median(values[WARM_UP:]) for title, values in seconds.items()}
+    return {title: 1000 * statistics.median(values) for title, values in seconds.items()}
 
 
 def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
@@ -180,7 +183,7 @@ def products(shapes: list[Shape]) -> dict[str, Callable[[], None]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="that count; two more warm up")
+    parser.add_argument("--rounds", type=int, default=12, help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="keep the result here")
     args = parser.parse_args()
