@@ -169,6 +169,22 @@ def test_merging_one_adapter_after_the_other_equals_merging_both():
     assert torch.equal(layers(model)["first"].weight, before)
 
 
+@pytest.mark.parametrize("names", [["other"], ["default", "other"]], ids=" and ".join)
+def test_merge_and_unload_takes_the_named_adapters_only(names, capsys):
+    model = randomize(adapted(4, 2))
+    model.add_adapter("other", config(8, 1, ["first"]))
+    randomize(model, seed=1)
+    x = torch.randn(5, 32)
+    model.base_model.set_adapter(names)
+    expected = model(x)
+    model.set_adapter("default")
+    assert not torch.allclose(model(x), expected)
+    plain = model.merge_and_unload(progressbar=True, safe_merge=True, adapter_names=names)
+    assert not any(isinstance(module, BOFTLayer) for module in plain.modules())
+    torch.testing.assert_close(plain(x), expected)
+    assert "100%" in capsys.readouterr().err
+
+
 def test_frozen_scale_does_not_train_and_survives_switching(tmp_path):
     model = get_peft_model(net(), config(boft_train_scale=False))
 
