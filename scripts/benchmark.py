@@ -358,9 +358,10 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.35 * len(shown) + 1), layout="constrained")
     colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
     bars = axes.barh(list(shown), list(shown.values()), color=colors)
-    for label in axes.bar_label(bars, fmt="%.2f", padding=4):
+    labels = [f"{value:.2f}" + (f" ± {results[name]['±']:.2f}" if value != 1 else "") for name, value in shown.items()]
+    for label in axes.bar_label(bars, labels, padding=4):
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line at 1
-    axes.margins(x=0.1)
+    axes.margins(x=0.3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("training step, relative to LoRA r=16")
