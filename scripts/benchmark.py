@@ -207,8 +207,8 @@ def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.pe
 
 def interleaved(models: dict[str, nn.Module], step: Callable, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of each model, all in turn, round after round. Before each step that counts comes one of the
-    same model that does not, as in training, where a step finds caches and memory as one like it has left them: right
-    after another model it can take a tenth longer. Every round has an order of its own, drawn at random."""
+    same model that does not, as in training, where a step finds caches and memory as one like it has left them. Every
+    round has an order of its own, drawn at random."""
     names, seconds = list(models), {name: [] for name in models}
     shuffle = random.Random(0).shuffle
     for round_ in range(1, rounds + 1):
