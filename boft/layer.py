@@ -234,8 +234,7 @@ class BOFTLayer(BaseTunerLayer):
     def effective_weight(self, adapters: Sequence[str]) -> Tensor:
         """diag(s) W Bᵀ over all given adapters, in the shape of the base weight; rotated in float32, then cast."""
         base = self.get_base_weight()
-        W = self._as_rows(base)  # (o, d)
-        W = at_least_float32(W)
+        W = at_least_float32(self._as_rows(base))  # (o, d)
         for name in adapters:
             W = rotate_weight(W, self.super_blocks(name))
         return self._from_rows(W * self.scales(adapters).view(-1, 1)).to(base.dtype)

@@ -15,8 +15,6 @@ import argparse
 import copy
 import json
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.allocator import keep_freed_memory
 from finetuning.config import InputError, run_command
+from finetuning.throughput.table import machine, print_rotation_table, print_table
+from finetuning.throughput.turns import in_turn, ratio, spread
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
@@ -205,48 +205,17 @@ def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.pe
     return clock() - start
 
 
-def interleaved(models: dict[str, nn.Module], step: Callable, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of each model, all in turn, round after round. Before each step that counts comes one of the
-    same model that does not, as in training, where a step finds caches and memory as one like it has left them. Every
-    round has an order of its own, drawn at random."""
-    names, seconds = list(models), {name: [] for name in models}
-    shuffle = random.Random(0).shuffle
-    for round_ in range(1, rounds + 1):
-        shuffle(names)
-        for name in names:
-            step(models[name])
-            seconds[name].append(step(models[name]))
-        print(f"  round {round_} of {rounds}", file=sys.stderr)
-    return seconds
-
-
-def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, float]:
-    """Median over the rounds of the ratio to the reference within the round."""
-    return {
-        name: statistics.median(own / other for own, other in zip(values, seconds[reference]))
-        for name, values in seconds.items()
-    }
-
-
-def spread(seconds: list[float], reference: list[float]) -> float:
-    """Half the distance between the quartiles of the ratio to the reference within the round."""
-    if len(seconds) < 2:
-        return 0.0
-    lower, _, upper = statistics.quantiles([own / other for own, other in zip(seconds, reference)], n=4)
-    return (upper - lower) / 2
-
-
 def measure_steps(args, candidates: list[str], step: Callable, reference: str) -> dict:
     unet = stable_diffusion_unet(DTYPES[args.dtype])
     models = {name: wrapped(unet, name, args.targets) for name in candidates}
-    arguments = inputs(args.batch, args.resolution, DTYPES[args.dtype])
-    seconds = interleaved(models, lambda model: step(model, arguments, CLOCKS[args.clock]), args.rounds)
-    to_base, to_reference = ratios(seconds, "frozen UNet"), ratios(seconds, reference)
+    arguments, clock = inputs(args.batch, args.resolution, DTYPES[args.dtype]), CLOCKS[args.clock]
+    steps = {name: lambda model=model: step(model, arguments, clock) for name, model in models.items()}
+    seconds = in_turn(steps, args.rounds, tell=True)
     return {
         name: {
             "seconds": statistics.median(seconds[name]),
-            "to base": to_base[name],
-            "to LoRA": to_reference[name],
+            "to base": ratio(seconds[name], seconds["frozen UNet"]),
+            "to LoRA": ratio(seconds[name], seconds[reference]),
             "±": spread(seconds[name], seconds[reference]),
             "trainable": sum(parameter.numel() for parameter in trainable(models[name])),
         }
@@ -317,37 +286,6 @@ def measure_rotation(rounds: int) -> list[dict]:
 # Output
 
 
-def machine(args) -> str:
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {args.threads} of {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-def print_table(rows: dict[str, dict[str, float]]) -> None:
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print("| candidate | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name, row in rows.items():
-        cells = ["–" if column not in row else _cell(column, row[column]) for column in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-def _cell(column: str, value: float) -> str:
-    return f"{value:,}" if column == "trainable" else f"{value:.3f}"
-
-
-def print_rotation_table(rows: list[dict]) -> None:
-    depths = sorted({row["m"] for row in rows})
-    print("| d | b | " + " | ".join(f"m={m}" for m in depths) + " |")
-    print("|---" * (len(depths) + 2) + "|")
-    for d, b in dict.fromkeys((row["d"], row["b"]) for row in rows):
-        times = {row["m"]: row["milliseconds"] for row in rows if (row["d"], row["b"]) == (d, b)}
-        print(f"| {d} | {b} | " + " | ".join(f"{times[m]:.2f}" if m in times else "–" for m in depths) + " |")
-
-
 def plot(results: dict[str, dict[str, float]], path: str) -> None:
     import matplotlib
 
@@ -358,7 +296,7 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.35 * len(shown) + 1), layout="constrained")
     colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
     bars = axes.barh(list(shown), list(shown.values()), color=colors)
-    labels = [f"{value:.2f}" + (f" ± {results[name]['±']:.2f}" if value != 1 else "") for name, value in shown.items()]
+    labels = [f"{value:.2f}" + (f" ± {results[name]['±']:.2f}" * (name != REFERENCE)) for name, value in shown.items()]
     for label in axes.bar_label(bars, labels, padding=4):
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line at 1
     axes.margins(x=0.3)
@@ -396,7 +334,8 @@ def adapter(args) -> None:
                 results[name] |= row
 
     print(
-        f"{machine(args)}; SD 1.5 UNet, random weights, {args.dtype}, batch {args.batch}, latents {args.resolution}²"
+        f"{machine(args.threads)}; SD 1.5 UNet, random weights, {args.dtype}, batch {args.batch}, "
+        f"latents {args.resolution}²"
     )
     print(f"targets: {', '.join(args.targets)}; medians over {args.rounds} interleaved rounds; seconds, GiB\n")
     rotation = []
@@ -410,7 +349,7 @@ def adapter(args) -> None:
         print_rotation_table(rotation)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "run"}
-        content = {"machine": machine(args), "settings": settings, "results": results, "rotation": rotation}
+        content = {"machine": machine(args.threads), "settings": settings, "results": results, "rotation": rotation}
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
     if args.plot:
         plot(results, args.plot)
@@ -455,15 +394,15 @@ def training(args) -> None:
         trainer = root / "train_dreambooth.py"
         results = measure(candidates, reference, work, trainer, Path(folder), args.rounds)
     print(
-        f"{machine(args)}; base {args.base}, mixed precision: {args.precision}, {args.batch} photos and as many class "
-        "images a step"
+        f"{machine(args.threads)}; base {args.base}, mixed precision: {args.precision}, {args.batch} photos and as "
+        "many class images a step"
     )
     print(f"{args.resolution} px, targets: {args.targets}; {reference} takes turns with each of the others, step by "
           f"step, {args.rounds} rounds\n")  # fmt: skip
     print_table(results)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "run"}
-        content = {"machine": machine(args), "settings": settings, "reference": reference, "results": results}
+        content = {"machine": machine(args.threads), "settings": settings, "reference": reference, "results": results}
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
 
 

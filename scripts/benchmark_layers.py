@@ -17,10 +17,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from boft.functional import prefers_weight_side
 from boft.rotation import in_groups, outer_blocks
 from boft.super_blocks import all_super_blocks
 from finetuning.allocator import keep_freed_memory
+from finetuning.throughput.turns import in_turn
 
 WIDTHS = {320: (1024, 5), 640: (256, 5), 1280: (64, 6)}  # channels: tokens, attention blocks; the sixth has 16 tokens
 TEXT = (77, 768)  # tokens and features of the prompt
@@ -92,19 +92,9 @@ def candidates(base: Layers) -> dict[str, nn.Module]:
 
 
 def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each call, medians over rounds in turn, in a random order; before each that counts comes one of
-    the same kind that does not, see `benchmark.interleaved`."""
-    seconds: dict[str, list[float]] = {title: [] for title in calls}
-    titles = list(calls)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(titles)
-        for title in titles:
-            calls[title]()
-            begun = time.perf_counter()
-            calls[title]()
-            seconds[title].append(time.perf_counter() - begun)
-    return {title: 1000 * statistics.median(values) for title, values in seconds.items()}
+    """Milliseconds of each call, medians over rounds in turn."""
+    steps = {title: lambda call=call: timeit.timeit(call, number=1) for title, call in calls.items()}
+    return {title: 1000 * statistics.median(seconds) for title, seconds in in_turn(steps, rounds).items()}
 
 
 def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:

@@ -1,1 +1,1 @@
-"""What training costs end to end, the trainer beside peers' plain loops."""
+"""What training costs end to end, the trainer beside peers' plain loops; and how steps are timed and told."""

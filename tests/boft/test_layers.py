@@ -98,12 +98,13 @@ def test_disabled_adapter_is_the_base_model_bit_for_bit():
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_layer_disabled_within_a_forward_pass_is_its_base_layer(grad):
+@pytest.mark.parametrize("change", ["disabled", "merged"])
+def test_layer_disabled_or_merged_within_a_forward_pass_is_its_base_layer(change, grad):
     model = randomize(adapted(4, 2))
     x = torch.randn(9, 32)
     first, second = layers(model)["first"], layers(model)["second"]
     seen = []
-    first.register_forward_hook(lambda *_: second.enable_adapters(False))
+    first.register_forward_hook(lambda *_: second.merge() if change == "merged" else second.enable_adapters(False))
     second.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))
     with torch.set_grad_enabled(grad):
         for _ in range(2):  # the second call finds a rotated weight where nothing trains
@@ -111,6 +112,8 @@ def test_layer_disabled_within_a_forward_pass_is_its_base_layer(grad):
             model(x)
             (given, output) = seen.pop()
             assert torch.equal(output, second.base_layer(given))
+            if change == "merged":
+                second.unmerge()
 
 
 def test_saved_adapter_loads_with_equal_outputs(tmp_path):

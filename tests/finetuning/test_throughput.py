@@ -14,6 +14,7 @@ from finetuning.config import RunError, run_command
 from finetuning.stable_diffusion import load_stable_diffusion
 from finetuning.throughput.inputs import write_images
 from finetuning.throughput.measure import Racer, Workload, measure
+from finetuning.throughput.turns import in_turn, ratio, spread
 
 TRAINER = Path(__file__).parents[2] / "train_dreambooth.py"
 
@@ -49,6 +50,30 @@ def test_the_trainer_and_plain_loops_take_turns_and_train_as_much(work, toy_base
 def test_a_benchmark_of_nothing_is_one_line(flags, words, capsys):
     assert run_command(load_script("benchmark").main, ["training", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_steps_in_turn_count_every_second_of_a_model_in_changing_order():
+    begun = []
+
+    def step(name):
+        begun.append(name)
+        return float(len(begun))
+
+    times = in_turn({name: lambda name=name: step(name) for name in "abc"}, rounds=6)
+    pairs = list(zip(begun[::2], begun[1::2]))
+    assert all(first == second for first, second in pairs), "a step that counts follows one of its own"
+    rounds = [tuple(first for first, _ in pairs[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 2
+    counted = {name: [i + 1.0 for i in range(1, 36, 2) if begun[i] == name] for name in "abc"}
+    assert times == counted
+
+
+def test_ratio_and_spread_are_of_the_rounds():
+    reference = [1.0, 2.0, 4.0, 8.0, 16.0]
+    times = [factor * value for factor, value in zip((1.0, 1.1, 1.2, 1.3, 9.0), reference)]
+    assert ratio(times, reference) == pytest.approx(1.2)
+    assert spread(times, reference) == pytest.approx((5.15 - 1.05) / 2)  # quartiles of 1, 1.1, 1.2, 1.3, 9
+    assert spread(reference, reference) == spread([1.0], [2.0]) == 0
 
 
 def test_a_step_waits_for_its_turn(work, tmp_path):

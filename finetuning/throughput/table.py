@@ -1,0 +1,43 @@
+"""Figures as tables in Markdown, and the machine that they are from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine(threads: int) -> str:
+    """Processor, how many of its cores are used, and torch's version."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """A row for each candidate, a column for each figure that any of them has."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print("| candidate | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        cells = ["–" if column not in row else _cell(column, row[column]) for column in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _cell(column: str, value: float) -> str:
+    return f"{value:,}" if column == "trainable" else f"{value:.3f}"
+
+
+def print_rotation_table(rows: list[dict]) -> None:
+    """Milliseconds by width d and block size b, a column for each number of factors m."""
+    depths = sorted({row["m"] for row in rows})
+    print("| d | b | " + " | ".join(f"m={m}" for m in depths) + " |")
+    print("|---" * (len(depths) + 2) + "|")
+    for d, b in dict.fromkeys((row["d"], row["b"]) for row in rows):
+        times = {row["m"]: row["milliseconds"] for row in rows if (row["d"], row["b"]) == (d, b)}
+        print(f"| {d} | {b} | " + " | ".join(f"{times[m]:.2f}" if m in times else "–" for m in depths) + " |")
