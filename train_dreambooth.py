@@ -14,45 +14,34 @@ Every random number follows from --seed. To go on after an interruption, run the
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetuning.launch import launch
-from finetuning.settings import SCHEDULES_WITHOUT_END, DreamBoothConfig
+from finetuning.settings import DreamBoothConfig
 
 if __name__ == "__main__":
     launch(DreamBoothConfig, __doc__)
 
 import torch
-from PIL import Image
 
 from finetuning.adapter import disabled
-from finetuning.averages import Averages, applied
-from finetuning.builders import (
-    build_adapters,
-    build_base,
-    build_hub,
-    build_optimizer,
-    build_run,
-    build_sampler,
-    build_trackers,
-)
-from finetuning.checkpoint import Checkpoints, write_folder, write_pipeline
+from finetuning.before_after import Draw, before_and_after
+from finetuning.builders import begin, build_adapters, build_base, build_hub, build_run, build_sampler, build_training
+from finetuning.checkpoint import write_pipeline
 from finetuning.config import InputError, read_config, run_command
 from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
-from finetuning.model_card import model_card
-from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
-from finetuning.picture import grid, save_picture
+from finetuning.objective import mean_squared_error
+from finetuning.picture import save_picture
 from finetuning.prior import build_prior_stream, check_prior
-from finetuning.randomness import integers, normal, seed_modules
+from finetuning.randomness import seed_modules
 from finetuning.run import DTYPES
-from finetuning.sampling import evaluating
 from finetuning.stable_diffusion import load_stable_diffusion
-from finetuning.state import TrainingState
+from finetuning.subject_card import write_card
 from finetuning.teacher import Teacher
-from finetuning.text_file import write
+from finetuning.training import Losses
+from finetuning.validation import draw_validation
 
 HELD_OUT = 8  # samples of photos, and of class images, in the held-out loss
 
@@ -66,92 +55,48 @@ class DreamBooth:
 
     def train(self) -> int:
         """Teach the subject; returns the exit code."""
-        config, run, base, seed, B = self.config, self.run, self.base, self.seed, self.B
+        training, data = self.training, self.config.data
         self.prepare()
-        unet, text_encoder, optimizer = self.share()
-        numbers = run.batch_numbers(self.first_step, self.last_step)
-        batches = zip(numbers, Batches(self.streams, B).load(numbers, config.data.dataloader_num_workers))
-
-        step = self.first_step
-        for step in run.steps(self.first_step, self.last_step):
-            losses = torch.zeros(2, device=run.device)
-            for number, batch in itertools.islice(batches, run.accumulation):
-                with run.accumulate(number, unet, text_encoder):
-                    # Latents of B photos and of B class images, and their prompts:
-                    x0 = base.encode_images(batch.images, seed, batch.keys)  # (2B, C, h, w)
-                    text = self.encode_prompts(batch.prompts, text_encoder)  # (2B, tokens, width)
-                    t = integers(len(base.alpha_bar), seed, "timestep", batch.keys).to(run.device)  # (2B,)
-
-                    # Noise them, predict, compare:
-                    errors = self.denoising_errors(unet, x0, t, text, batch, self.teacher)  # (2B,)
-
-                    # The loss of the subject and the one of the class:
-                    instance_loss, prior_loss = errors[:B].mean(), errors[B:].sum() / B
-                    run.backward(instance_loss + config.prior.prior_loss_weight * prior_loss)
-                    losses += torch.stack([instance_loss, prior_loss]).detach() / run.accumulation
-
-            gradient_norm = run.clip_gradients(optimizer, config.optimization.max_grad_norm)
-            learning_rate = self.schedule.get_last_lr()[0]
-            optimizer.step()
-            self.schedule.step()
-            optimizer.zero_grad()
-            if self.averages is not None:
-                self.averages.step()
-
-            self.log(step, losses, gradient_norm, learning_rate)
-            if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
-                run.check_same(optimizer)
-                if run.is_main:
-                    self.checkpoints.save(step, self.state)
-                run.wait()
-            if step % config.validation.validation_steps == 0 and run.is_main:
-                with applied(self.averages):
+        for step, batches in training.steps(Batches(self.streams, self.B), data.dataloader_num_workers):
+            for batch in batches:  # this process's share of an optimizer step
+                with training.accumulate():
+                    training.backward(self.losses(batch))
+            training.step()
+            training.save_if_due()
+            if training.is_due(self.config.validation.validation_steps):
+                with training.averaged():
                     self.validate(step)
+        return training.finish(self.results)
 
-        run.check_same(optimizer)
-        if run.is_main and not run.exit_code:
-            with applied(self.averages), self.checkpoints.mentioned(step):
-                self.finish(step)
-        run.close()
-        return run.exit_code
+    def losses(self, batch: Batch) -> Losses:
+        """The loss of B photos and of as many images of their class (DreamBooth, Equation 2)."""
+        B = self.B
+        t = self.base.process.times(self.seed, batch.keys)  # (2B,)
+        errors = self.errors(batch, t, self.teacher)  # (2B,), or (B,) without prior preservation
+        instance, prior = errors[:B].mean(), errors[B:].sum() / B
+        total = instance + self.config.prior.prior_loss_weight * prior
+        return Losses(total, {"instance_loss": instance, **({"prior_loss": prior} if len(errors) > B else {})})
 
-    def denoising_errors(
-        self,
-        unet: torch.nn.Module,
-        x0: torch.Tensor,
-        t: torch.Tensor,
-        text: torch.Tensor,
-        batch: Batch,
-        teacher: Teacher | None = None,
-    ) -> torch.Tensor:
-        """The weighted error of what is predicted for each sample, (N,).
+    def errors(self, batch: Batch, t: torch.Tensor, teacher: Teacher | None = None) -> torch.Tensor:
+        """The weighted error of what is predicted for each of N samples at its time, (N,).
 
-        x0: latents (N, C, h, w); t: timesteps (N,); text: of the prompts (N, tokens, width); batch: its keys
-        decide the noise; teacher: says what to predict for the second half, the class, in the place of the truth.
+        teacher: says what to predict for the second half, the class, in the place of the truth.
         """
-        base, objective = self.base, self.config.objective
-        alpha_bar = base.alpha_bar[t]
-        noise = normal(x0.shape[1:], self.seed, "noise", batch.keys).to(x0)
-        if objective.offset_noise:
-            shift = normal(x0.shape[1:2], self.seed, "offset", batch.keys).to(x0)
-            noise = offset_noise(noise, shift, objective.offset_noise)
-        x_t = add_noise(x0, noise, alpha_bar)
-        wanted = target(x0, noise, alpha_bar, base.prediction_type)
-        if teacher is not None:
-            n = len(t) // 2
-            with self.run.autocast():
-                taught = teacher(x_t[n:], t[n:], batch.prompts[n:], self.adapters.values())
-            wanted = torch.cat([wanted[:n], taught])
-        errors = mean_squared_error(unet(x_t, t, text).sample, wanted)
-        if objective.snr_gamma is not None:
-            errors = errors * min_snr_weight(alpha_bar, objective.snr_gamma, base.prediction_type)
-        return errors
+        encoding, process = self.training.encoding, self.base.process
+        # Latents of photos and of class images, what conditions them, and noise for each:
+        x0 = encoding.latents(batch)  # (N, C, h, w)
+        condition = encoding.condition(batch)  # of N prompts
+        noise = process.noise(x0, self.seed, batch.keys)  # (N, C, h, w)
 
-    def encode_prompts(self, prompts: Sequence[str], text_encoder: torch.nn.Module) -> torch.Tensor:
-        """(N, tokens, width), from memory unless the text encoder is trained."""
-        if self.embedded is None:
-            return self.base.encode_prompts(prompts, text_encoder)
-        return torch.stack([self.embedded[prompt] for prompt in prompts])
+        # Noise them, predict, compare:
+        x_t, wanted = process.noised(x0, noise, t), process.target(x0, noise, t)
+        if teacher is not None:
+            half = len(t) // 2
+            with self.run.autocast():
+                taught = teacher(x_t[half:], t[half:], batch.prompts[half:], self.adapters.values())
+            wanted = torch.cat([wanted[:half], taught])
+        predicted = self.base.predict(self.training.denoiser, x_t, t, condition)
+        return process.weight(t) * mean_squared_error(predicted, wanted)
 
     # Before the first step
 
@@ -159,26 +104,25 @@ class DreamBooth:
         """Load and check everything; nothing is written.
 
         Raises:
-            InputError: with what is wrong.
+            InputError: with everything that is wrong.
         """
         self.output, self.seed = Path(config.checkpoints.output_dir), config.optimization.seed
         self.B = config.optimization.train_batch_size
 
         # Processes and base model:
-        self.run = build_run(config.model, config.optimization, config.tracking, self.output)
-        self.base = build_base(config.model, config.objective, self.run)
+        self.run = build_run(config)
+        self.base = build_base(config, self.run)
         self.config = config = config.with_values(
             resolution=self.base.check_resolution(config.data.resolution),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
             base_prompt=read_prompts(config.validation.base_prompt, "--base_prompt"),
         )
-        data, prior, subject, validation = config.data, config.prior, config.subject, config.validation
+        data, prior, subject = config.data, config.prior, config.subject
         self.sampler, self.class_sampler = (
-            build_sampler(self.base, validation, data.resolution, prior.sample_batch_size, DTYPES[precision])
+            build_sampler(self.base, config.validation, data.resolution, prior.sample_batch_size, DTYPES[precision])
             for precision in (config.model.mixed_precision, prior.precision or config.model.mixed_precision)
         )
-        fingerprint = self.base.fingerprint
 
         # Photos, prompts, class images:
         self.photos = self.held_out_photos = self.photo_stream(subject.instance_data_dir, "--instance_data_dir")
@@ -187,212 +131,115 @@ class DreamBooth:
         for flag, prompts in {
             "--instance_prompt": [e.prompt for e in (*self.photos.examples, *self.held_out_photos.examples)],
             "--class_prompt": prior.class_prompt,
-            "--validation_prompt": validation.validation_prompt,
-            "--base_prompt": validation.base_prompt,
+            "--validation_prompt": config.validation.validation_prompt,
+            "--base_prompt": config.validation.base_prompt,
         }.items():
             self.base.check_prompts(prompts, flag)
         if data.cache_latents and not self.photos.is_cacheable():
             raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
         if prior.uses_images:
-            check_prior(prior, self.class_sampler, fingerprint, self.seed)
+            check_prior(prior, self.class_sampler, self.base.fingerprint, self.seed)
 
-        # What is trained, and by what:
+        # What is trained, and where it begins:
         self.teacher = None
         if prior.uses_teacher:
             self.teacher = Teacher(self.base, prior.class_prompt, is_changed=config.adapter.kind == "full")
         seed_modules(self.seed, "initial weights")
         self.adapters = build_adapters(self.base, config.adapter, config.model.gradient_checkpointing)
-        self.total_batch = self.B * self.run.accumulation * self.run.processes
-        self.last_step = config.optimization.steps(len(self.photos.examples), self.total_batch)
-        self.optimizer, self.schedule = build_optimizer(
+        self.training = build_training(
+            self.run,
+            self.base,
             self.adapters,
-            config.optimization,
-            scale_rate=config.adapter.boft_scale_learning_rate,
-            steps=self.last_step,
-            total_batch=self.total_batch,
-        )
-
-        self.averages = None
-        if config.averages.use_ema:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.averages = Averages(trained, config.averages.ema_decay)
-
-        # Where it begins:
-        self.state = TrainingState(
-            self.adapters,
-            self.optimizer,
-            self.schedule,
             config,
-            weights=fingerprint,
+            images=len(self.photos.examples),
             data=self.photos.fingerprint(),
             data_flag="--instance_data_dir",
-            total_batch=self.total_batch,
-            scaler=self.run.scaler,
-            averages=self.averages,
         )
-        self.checkpoints = Checkpoints(self.output, config.checkpoints.checkpoints_total_limit)
-        found = self.checkpoints.choose(
-            config.checkpoints.resume_from_checkpoint, config.checkpoints.overwrite_output_dir
-        )
-        is_endless = config.optimization.lr_scheduler in SCHEDULES_WITHOUT_END
-        may_change = ("max_train_steps",) if is_endless else ()
-        self.first_step = self.state.read(found, self.last_step, may_change) if found else 0
         self.hub = build_hub(config.tracking, self.output)
 
     def photo_stream(self, folder: str, flag: str) -> ImageStream:
+        """The photos of a folder, all of which can be read."""
         data = self.config.data
         examples = find_examples(folder, self.config.subject.instance_prompt, flag)
-        transform = Transform(data.resolution, data.center_crop, data.random_flip)
-        stream = ImageStream("instance", examples, transform, self.seed)
+        stream = ImageStream(
+            "instance", examples, Transform(data.resolution, data.center_crop, data.random_flip), self.seed
+        )
         stream.check()
         return stream
 
     def prepare(self) -> None:
         """Make class images, open the folder, and compute once what never changes."""
-        config, run, base = self.config, self.run, self.base
+        config, base, encoding = self.config, self.base, self.training.encoding
         self.streams, held_out = [self.photos], [self.held_out_photos]
         if config.prior.with_prior_preservation:
             class_stream = build_prior_stream(
-                config.prior, self.photos, self.class_sampler, self.adapters, self.state.weights, run
+                config.prior, self.photos, self.class_sampler, self.adapters, base.fingerprint, self.run
             )
             self.streams.append(class_stream)
             held_out.append(class_stream)
-        if run.is_main:
-            self.checkpoints.begin(is_new=self.first_step == 0)
-        run.open(self.output, config, self.first_step, self.state.weights)
-        build_trackers(run, config.tracking, config, self.first_step)
-        trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in self.adapters.items())
-        run.say(
-            f"{config.adapter.kind}: {trained} are trained on {len(self.photos.examples)} photos, "
-            f"batch {self.total_batch}, steps {self.first_step} to {self.last_step}, {run.device}, {run.dtype}"
-        )
-        if config.objective.rescale_betas_zero_snr:
-            base.rescale_to_zero_terminal_snr()
-
+        begin(self.training, config, config.adapter.kind, f"{len(self.photos.examples)} photos")
         self.held_out = [stream.fixed(HELD_OUT) for stream in held_out]
         for stream in self.streams:
             if config.data.cache_latents is not False and stream.is_cacheable():
                 stream.cache(base.moments)
-        self.embedded = None
         if config.data.pre_compute_text_embeddings is not False and not config.adapter.train_text_encoder:
             prompts = [example.prompt for stream in self.streams for example in stream.examples]
-            self.embedded = base.embed([*prompts, *(p for batch in self.held_out for p in batch.prompts)])
+            encoding.keep([*prompts, *(p for batch in self.held_out for p in batch.prompts)])
+        self.training.share()
 
-    def share(self) -> tuple[torch.nn.Module, torch.nn.Module, torch.optim.Optimizer]:
-        """UNet, text encoder and optimizer as the processes share them."""
-        prepare = self.run.accelerator.prepare_model
-        unet, text_encoder = prepare(self.base.unet), self.base.text_encoder
-        unet.train()
-        if "text_encoder" in self.adapters:
-            text_encoder = prepare(text_encoder)
-            text_encoder.train()
-        return unet, text_encoder, self.run.accelerator.prepare_optimizer(self.optimizer)
+    # On the way, and at the end, in the first process
 
-    # Between the steps, in the first process
-
-    def log(self, step: int, losses: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
-        """Numbers of a step. The mean over processes is taken here, so all of them must call."""
-        instance_loss, prior_loss = self.run.mean(losses)
-        has_prior = len(self.streams) > 1
-        is_rare = step % 50 == 0 or step == self.last_step
-        self.run.log(
-            step,
-            loss=instance_loss + self.config.prior.prior_loss_weight * prior_loss,
-            instance_loss=instance_loss,
-            prior_loss=prior_loss if has_prior else None,
-            learning_rate=learning_rate,
-            gradient_norm=float(gradient_norm),
-            images_per_second=self.total_batch * len(self.streams) / self.run.seconds,
-            peak_memory_gib=self.run.peak_memory(),
-            rotation_degrees=self.adapters["unet"].rotation_angle() if is_rare else None,
-        )
-
-    @torch.no_grad()
     def validate(self, step: int) -> None:
-        """The loss on fixed noise and timesteps, and a grid of pictures with one column a prompt."""
-        base, validation = self.base, self.config.validation
-        T, losses = len(base.alpha_bar), {}
-        with evaluating(base.unet, base.text_encoder), self.run.autocast():
+        """The loss on fixed noise and times, and a grid of pictures with one column a prompt."""
+        validation, losses = self.config.validation, {}
+        with self.training.measuring():
             for name, batch in zip(("instance", "prior"), self.held_out):
-                n = len(batch.keys)
-                t = torch.arange(n, device=self.run.device) * T // n + T // (2 * n)  # one from each n-th of all
-                x0 = base.encode_images(batch.images, self.seed, batch.keys)
-                text = self.encode_prompts(batch.prompts, base.text_encoder)
-                losses[f"held_out_{name}_loss"] = self.denoising_errors(base.unet, x0, t, text, batch).mean().item()
+                t = self.base.process.spread_times(len(batch.keys))
+                losses[f"held_out_{name}_loss"] = self.errors(batch, t).mean().item()
         self.run.log(step, **losses)
         if prompts := validation.validation_prompt:
-            rows = [
-                self.sampler(prompts, self.seed, [f"validation/{row}/{i}" for i in range(len(prompts))])
-                for row in range(validation.num_validation_images)
-            ]
-            self.run.log_picture(step, "validation", grid(rows, columns=prompts))
+            picture = draw_validation(self.sampler, prompts, self.seed, validation.num_validation_images)
+            self.run.log_picture(step, "validation", picture)
 
-    def finish(self, step: int) -> None:
-        """Write the adapters as unet/ and text_encoder/, or the whole pipeline; a card; the comparison."""
-        config = self.config
+    def results(self, step: int) -> None:
+        """Write the adapters as unet/ and text_encoder/, or the whole pipeline; the comparison; a card."""
+        config, picture = self.config, None
         if config.adapter.kind == "full":
             write_pipeline(self.output, self.base.pipeline())
         else:
-            for name, adapter in self.adapters.items():
-                write_folder(self.output / name, adapter.save, adapter.size())
-        picture = None
-        if config.validation.validation_prompt:
+            self.training.write_adapters(self.output)
+        if prompts := config.validation.validation_prompt:
+            crop = Transform(config.data.resolution, center_crop=True).crop
+            comparison = before_and_after(
+                self.sampler,
+                self.draw_before(),
+                self.seed,
+                prompts=prompts,
+                base_prompts=config.validation.base_prompt or prompts,
+                class_prompt=next(iter(config.prior.class_prompt), None),
+                photos=[crop(open_image(example.path)) for example in self.photos.examples],
+                photo_caption=f"photos\n“{config.subject.instance_prompt}”",
+            )
             picture = self.output / "comparison.png"
-            save_picture(self.compare(), picture)
+            save_picture(comparison, picture)
             self.run.say(f"before and after: {picture}")
-        card = model_card(
-            title=config.subject.instance_prompt,
-            base=self.base.name,
-            kind=config.adapter.kind,
-            folder=str(self.output),
-            prompt=config.subject.instance_prompt,
-            facts={
-                "method": config.adapter.kind,
-                "trained numbers": f"{sum(a.count() for a in self.adapters.values()):,}",
-                "steps": step,
-                "batch": self.total_batch,
-                "learning rate": config.optimization.learning_rate,
-                "resolution": config.data.resolution,
-                "seed": self.seed,
-            },
-            picture=picture and picture.name,
-            prompts=config.validation.validation_prompt,
-            with_text_encoder="text_encoder" in self.adapters,
-            stock_peft=config.adapter.boft_n_butterfly_factor == 1,
-        )
-        write(self.output / "README.md", card)
+        write_card(self.output, config, self.base.name, self.training, picture)
         if self.hub:
             self.run.say(f"uploaded: {self.hub.upload(self.output)}")
 
-    def compare(self) -> Image.Image:
-        """The photos; the base; the tuned model on the same noise; what became of the class."""
-        config, seed = self.config, self.seed
-        prompts = config.validation.validation_prompt
-        base_prompts = config.validation.base_prompt or prompts
-        keys = [f"validation/0/{i}" for i in range(len(prompts))]
-        sampler = self.sampler
-        if config.adapter.kind == "full":
-            base = load_stable_diffusion(
-                self.base.name, self.base.revision, config.model.variant, config.model.tokenizer_name
-            )
+    def draw_before(self) -> Draw:
+        """How the base draws: itself with its adapters switched off, or where all of it was trained, loaded again."""
+        model = self.config.model
+        if self.config.adapter.kind == "full":
+            base = load_stable_diffusion(self.base.name, self.base.revision, model.variant, model.tokenizer_name)
             base.freeze(self.run.dtype, self.run.device)
-            before = sampler.of(base)(base_prompts, seed, keys)
-        else:
+            return self.sampler.of(base)
+
+        def draw(prompts, seed, keys):
             with disabled(self.adapters.values()):
-                before = sampler(base_prompts, seed, keys)
-        rows = {f"before\n“{base_prompts[0]}” …": before, f"after\n“{prompts[0]}” …": sampler(prompts, seed, keys)}
-        if plain := config.prior.class_prompt[:1]:
-            rows[f"after\n“{plain[0]}”: the class is still the class"] = sampler(
-                plain * len(prompts), seed, [f"class/{key}" for key in keys]
-            )
-        crop = Transform(config.data.resolution, center_crop=True).crop
-        return grid(
-            list(rows.values()),
-            columns=prompts,
-            captions=list(rows),
-            photos=[crop(open_image(example.path)) for example in self.photos.examples[: 2 * len(prompts)]],
-            photo_caption=f"photos\n“{config.subject.instance_prompt}”",
-        )
+                return self.sampler(prompts, seed, keys)
+
+        return draw
 
 
 if __name__ == "__main__":

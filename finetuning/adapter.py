@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +23,7 @@ from safetensors.torch import load_file, save_file
 from boft import BOFTConfig
 
 from .config import InputError
-
-# Endings of module names, in diffusers' UNet and in transformers' CLIP text encoder.
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
-_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
-_AROUND = ["proj_in", "proj_out"]
-_RESIDUAL = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
-PRESETS = {
-    "attention": _ATTENTION,
-    "attention+feed-forward": _ATTENTION + _FEED_FORWARD,
-    "transformer": _ATTENTION + _FEED_FORWARD + _AROUND,
-    "all": _ATTENTION + _FEED_FORWARD + _AROUND + _RESIDUAL,
-}
+from .unet_layers import UNET_PRESETS
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -162,6 +151,7 @@ def add_boft(
     dropout: float = 0.0,
     bias: str = "none",
     train_scale: bool = True,
+    presets: Mapping[str, Sequence[str]] = UNET_PRESETS,
 ) -> Adapter:
     """Put BOFT on the layers whose names end in one of `targets` (or a preset); a fresh one changes nothing.
 
@@ -176,7 +166,7 @@ def add_boft(
         boft_n_butterfly_factor=factors,
         boft_dropout=dropout,
         bias=bias,
-        target_modules=target_modules(targets, module, "--boft_target_modules"),
+        target_modules=target_modules(targets, module, "--boft_target_modules", presets),
         boft_train_scale=train_scale,
     )
     return _wrap(
@@ -186,7 +176,13 @@ def add_boft(
 
 
 def add_lora(
-    module: torch.nn.Module, targets: Sequence[str], *, rank: int, alpha: float | None = None, dropout: float = 0.0
+    module: torch.nn.Module,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    presets: Mapping[str, Sequence[str]] = UNET_PRESETS,
 ) -> Adapter:
     """Put peft's LoRA on layers; alpha None = rank."""
     config = LoraConfig(
@@ -194,7 +190,7 @@ def add_lora(
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         init_lora_weights="gaussian",
-        target_modules=target_modules(targets, module, "--lora_target_modules"),
+        target_modules=target_modules(targets, module, "--lora_target_modules", presets),
     )
     return _wrap(module, config, "lora", f"--rank={rank}")
 
@@ -204,22 +200,27 @@ def train_fully(module: torch.nn.Module) -> Adapter:
     return Adapter("full", module.float().requires_grad_(True))
 
 
-def target_modules(targets: Sequence[str], module: torch.nn.Module, flag: str) -> list[str]:
-    """A preset's or the given endings, those that occur in this module.
+def target_modules(
+    targets: Sequence[str],
+    module: torch.nn.Module,
+    flag: str,
+    presets: Mapping[str, Sequence[str]] = UNET_PRESETS,
+) -> list[str]:
+    """The endings of layer names that presets or the user's own words mean, those that occur in this module.
 
     Raises:
         InputError: an ending that no layer has.
     """
-    endings = [e for target in targets for e in PRESETS.get(target, [part.strip() for part in target.split(",")])]
+    endings = [e for target in targets for e in presets.get(target, [part.strip() for part in target.split(",")])]
     names = [name for name, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
 
     def occurs(ending: str) -> bool:
         return any(name == ending or name.endswith("." + ending) for name in names)
 
-    if absent := [e for e in endings if not occurs(e) and not any(e in preset for preset in PRESETS.values())]:
+    if absent := [e for e in endings if not occurs(e) and not any(e in preset for preset in presets.values())]:
         raise InputError(
             f"{flag}={','.join(absent)}: no layer of the {type(module).__name__} has such a name; "
-            f"give endings of module names or one of {', '.join(PRESETS)}"
+            f"give endings of module names or one of {', '.join(presets)}"
         )
     return [e for e in dict.fromkeys(endings) if occurs(e)]
 

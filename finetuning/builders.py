@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,40 +11,43 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapter import Adapter, add_boft, add_lora, train_fully
+from .averages import Averages
+from .checkpoint import Checkpoints
 from .config import Config, InputError
 from .hub import HubRepository, open_repository
 from .optimization import make_optimizer, make_schedule
 from .run import Run, check_writable
 from .sampling import Sampler
 from .settings import (
+    SCHEDULES_WITHOUT_END,
     AdapterSettings,
     DreamBoothAdapterSettings,
-    ModelSettings,
-    ObjectiveSettings,
     OptimizationSettings,
     TrackerSettings,
+    TrainerConfig,
     ValidationSettings,
 )
 from .stable_diffusion import StableDiffusion, choose_attention, load_stable_diffusion
+from .state import TrainingState
 from .trackers import start_trackers, tracker_names
+from .training import Training
 
 
-def build_run(
-    model: ModelSettings, optimization: OptimizationSettings, tracking: TrackerSettings, output_dir: Path
-) -> Run:
+def build_run(config: TrainerConfig) -> Run:
     """The processes of a run, after a look at whether its folder and trackers will be there."""
-    check_writable(output_dir, "--output_dir")
-    tracker_names(tracking.report_to)
+    check_writable(Path(config.checkpoints.output_dir), "--output_dir")
+    tracker_names(config.tracking.report_to)
     return Run(
-        seed=optimization.seed,
-        accumulation=optimization.gradient_accumulation_steps,
-        mixed_precision=model.mixed_precision,
-        allow_tf32=model.allow_tf32,
+        seed=config.optimization.seed,
+        accumulation=config.optimization.gradient_accumulation_steps,
+        mixed_precision=config.model.mixed_precision,
+        allow_tf32=config.model.allow_tf32,
     )
 
 
-def build_base(model: ModelSettings, objective: ObjectiveSettings, run: Run) -> StableDiffusion:
-    """The frozen base model on the run's device."""
+def build_base(config: TrainerConfig, run: Run) -> StableDiffusion:
+    """The frozen base model on the run's device, with the process that the objective asks for."""
+    model, objective = config.model, config.objective
     base = load_stable_diffusion(
         model.pretrained_model_name_or_path, model.revision, model.variant, model.tokenizer_name
     )
@@ -54,6 +58,7 @@ def build_base(model: ModelSettings, objective: ObjectiveSettings, run: Run) -> 
         )
     base.freeze(run.dtype, run.device)
     choose_attention(base.unet, run.device, model.enable_xformers_memory_efficient_attention)
+    base.process = replace(base.process, snr_gamma=objective.snr_gamma, noise_offset=objective.offset_noise)
     return base
 
 
@@ -116,6 +121,91 @@ def build_sampler(
     if settings.num_inference_steps > most:
         raise InputError(f"--num_inference_steps={settings.num_inference_steps}: the model has {most}; give fewer")
     return Sampler(base, resolution, settings.num_inference_steps, settings.guidance_scale, batch_size, precision)
+
+
+def build_training(
+    run: Run,
+    base: StableDiffusion,
+    adapters: dict[str, Adapter],
+    config: TrainerConfig,
+    *,
+    images: int,
+    data: str,
+    data_flag: str,
+    rates: Mapping[str, float] = MappingProxyType({}),
+) -> Training:
+    """What trains the adapters, from the start or from where a checkpoint left off. Nothing is written.
+
+    Args:
+        images: in an epoch, 0 = without an end; data: their fingerprint; data_flag: the flag that names them.
+        rates: of adapters that have another than --learning_rate, by name.
+
+    Raises:
+        InputError: the schedule does not fit the steps, or the output folder or the checkpoint not this run.
+    """
+    optimization, checkpointing = config.optimization, config.checkpoints
+    total_batch = optimization.train_batch_size * run.accumulation * run.processes
+    last_step = optimization.steps(images, total_batch)
+    optimizer, schedule = build_optimizer(
+        adapters,
+        optimization,
+        scale_rate=config.adapter.boft_scale_learning_rate,
+        steps=last_step,
+        total_batch=total_batch,
+        rates=rates,
+    )
+    averages = None
+    if config.averages.use_ema:
+        averages = Averages([p for g in optimizer.param_groups for p in g["params"]], config.averages.ema_decay)
+    state = TrainingState(
+        adapters,
+        optimizer,
+        schedule,
+        config,
+        weights=base.fingerprint,
+        data=data,
+        data_flag=data_flag,
+        total_batch=total_batch,
+        scaler=run.scaler,
+        averages=averages,
+    )
+    checkpoints = Checkpoints(Path(checkpointing.output_dir), checkpointing.checkpoints_total_limit)
+    found = checkpoints.choose(checkpointing.resume_from_checkpoint, checkpointing.overwrite_output_dir)
+    may_change = ("max_train_steps",) if optimization.lr_scheduler in SCHEDULES_WITHOUT_END else ()
+    return Training(
+        run,
+        base,
+        adapters,
+        optimizer,
+        schedule,
+        averages,
+        state,
+        checkpoints,
+        first_step=state.read(found, last_step, may_change) if found else 0,
+        last_step=last_step,
+        total_batch=total_batch,
+        checkpointing_steps=checkpointing.checkpointing_steps,
+        max_grad_norm=optimization.max_grad_norm,
+    )
+
+
+def begin(training: Training, config: TrainerConfig, method: str, images: str) -> None:
+    """Open the run's folder and trackers, and say what is about to happen: from here on, things are written.
+
+    method: how it is trained, in a word, and images: on what; for the line that the user reads.
+    """
+    run = training.run
+    if run.is_main:
+        training.checkpoints.begin(is_new=training.first_step == 0)
+    run.open(training.checkpoints.folder, config, training.first_step, training.state.weights)
+    build_trackers(run, config.tracking, config, training.first_step)
+    trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in training.adapters.items())
+    run.say(
+        f"{method}: {trained} are trained on {images}, batch {training.total_batch}, "
+        f"steps {training.first_step} to {training.last_step}, {run.device}, {run.dtype}"
+    )
+    if config.objective.rescale_betas_zero_snr:
+        training.base.rescale_to_zero_terminal_snr()
 
 
 def build_hub(settings: TrackerSettings, output_dir: Path) -> HubRepository | None:

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import InputError
+from .family import Condition
+from .stable_diffusion import StableDiffusion
 
 WIDTHS = (16, 32, 96, 256)  # of the papers' encoder
 SILU_GAIN = 1.68  # keeps the size of features from layer to layer; by torch's own default they would fade
@@ -106,24 +108,28 @@ def take_residuals(unet: UNet2DConditionModel) -> None:
 
 
 def predict(
+    base: StableDiffusion,
     unet: nn.Module,
     control: nn.Module,
     x_t: torch.Tensor,
     t: torch.Tensor,
-    text: torch.Tensor,
-    condition: torch.Tensor,
+    condition: Condition,
+    image: torch.Tensor,
 ) -> torch.Tensor:
     """What the controlled UNet predicts, (B, C, h, w).
 
     Args:
+        base: the family of the UNet.
         unet, control: UNet, and hint encoder or ControlNet, as processes share them or bare.
-        x_t: (B, C, h, w); t: (B,); text: (B, tokens, width); condition: (B, channels, H, W) in [0, 1].
+        x_t: (B, C, h, w); t: (B,); condition: of B prompts; image: the control, (B, channels, H, W) in [0, 1].
     """
     if is_light(control):
-        with hinted(_bare(unet), control(condition)):
-            return unet(x_t, t, text).sample
-    down, middle = control(x_t, t, text, condition, return_dict=False)
-    return unet(x_t, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+        with hinted(_bare(unet), control(image)):
+            return base.predict(unet, x_t, t, condition)
+    arguments = base.arguments(condition)
+    down, middle = control(x_t, t, controlnet_cond=image, **arguments, return_dict=False)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    return unet(x_t, t, **arguments, **residuals).sample
 
 
 def is_light(control: nn.Module) -> bool:

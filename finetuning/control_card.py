@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from .model_card import front_matter, licence_section
+from .control_settings import ControlNetConfig
+from .model_card import CARD, facts_of, front_matter, licence_section
+from .text_file import write
+from .training import Training
 
 _LIGHT = """from PIL import Image
 
@@ -27,6 +31,20 @@ pipeline = StableDiffusionControlNetPipeline.from_pretrained(
 control = Image.open("control.png").convert("RGB")
 """
 _DRAW = """pipeline("a prompt", image=control, controlnet_conditioning_scale=1.0).images[0]"""
+
+
+def write_card(folder: Path, config: ControlNetConfig, base: str, training: Training, picture: Path) -> None:
+    """What was trained, on what, how to use it. base: name of the base model; picture: of held-out controls."""
+    facts = facts_of(config, numbers=training.count(), steps=training.number, batch=training.total_batch)
+    card = control_card(
+        base=base,
+        folder=str(folder),
+        control=config.kind,
+        adapter=config.adapter.kind if config.uses_adapter else None,
+        facts={"control": config.kind, **facts},
+        picture=picture.name,
+    )
+    write(folder / CARD, card)
 
 
 def control_card(

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .config import InputError
+from .frame import Frame
 from .randomness import generator, permutation
 
 logger = logging.getLogger(__name__)
@@ -240,11 +241,13 @@ class Batch:
 
     Attributes:
         images: one entry a stream; prompts, keys: one entry a sample.
+        frames: how each sample's image was cut; None where nobody needs to know.
     """
 
     images: list[Images]
     prompts: list[str]
     keys: list[str]
+    frames: list[Frame] | None = field(default=None, kw_only=True)
 
 
 @dataclass

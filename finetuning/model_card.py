@@ -11,6 +11,7 @@ import yaml
 
 from .report import score_tables
 from .score_table import markdown
+from .settings import TrainerConfig
 
 CARD = "README.md"
 LICENCES = {
@@ -81,6 +82,18 @@ def model_card(
     lines += ["## Parameters", "", "| setting | value |", "|---|---|"]
     lines += [*(f"| {name} | {value} |" for name, value in facts.items()), ""]
     return front + "\n".join(lines) + licence_section(base)
+
+
+def facts_of(config: TrainerConfig, *, numbers: int, steps: int, batch: int) -> dict[str, Any]:
+    """What a card says of a run. numbers: how many are trained; batch: samples in an optimizer step."""
+    return {
+        "trained numbers": f"{numbers:,}",
+        "steps": steps,
+        "batch": batch,
+        "learning rate": config.optimization.learning_rate,
+        "resolution": config.data.resolution,
+        "seed": config.optimization.seed,
+    }
 
 
 def front_matter(base: str, **values: Any) -> str:

@@ -181,6 +181,14 @@ class Run:
         with self.accelerator.accumulate(*modules):
             yield
 
+    def share(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module as all processes train it, in the run's precision; it exchanges their gradients."""
+        return self.accelerator.prepare_model(module)
+
+    def share_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer as all processes step it: with float16's scaler, and only when gradients are complete."""
+        return self.accelerator.prepare_optimizer(optimizer)
+
     def autocast(self):
         """The arithmetic of --mixed_precision, for calls that are not of a prepared module."""
         return self.accelerator.autocast()

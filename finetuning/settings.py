@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from .config import Config, Group, setting, show
 
@@ -356,6 +357,24 @@ class TrackerSettings(Group):
             if getattr(self, name) and not self.push_to_hub:
                 shown = "" if name == "hub_token" else f"={self.hub_model_id}"
                 yield f"--{name}{shown}: has no effect without --push_to_hub; add it or drop this flag"
+
+
+class TrainerConfig(Protocol):
+    """The groups that the settings of all trainers have."""
+
+    model: ModelSettings
+    data: DataSettings
+    adapter: AdapterSettings
+    optimization: OptimizationSettings
+    averages: AverageSettings
+    objective: ObjectiveSettings
+    checkpoints: CheckpointSettings
+    validation: ValidationSettings
+    tracking: TrackerSettings
+
+    def save(self, path: Path) -> None: ...
+
+    def as_dict(self, *, secrets: bool = False) -> dict[str, Any]: ...
 
 
 @dataclass

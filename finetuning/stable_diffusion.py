@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 import transformers
@@ -28,8 +30,10 @@ from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from .config import InputError  # noqa: E402
-from .dataset import Images  # noqa: E402
-from .randomness import normal  # noqa: E402
+from .family import Condition  # noqa: E402
+from .frame import Frame  # noqa: E402
+from .process import Diffusion  # noqa: E402
+from .unet_layers import UNET_PRESETS  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of casts that are meant
 diffusers.utils.logging.disable_progress_bar()
@@ -65,7 +69,12 @@ class StableDiffusion:
     noise_schedule: DDPMScheduler
     fingerprint: str = ""
 
+    denoiser_part: ClassVar[str] = "unet"
+    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    presets: ClassVar[dict[str, list[str]]] = UNET_PRESETS
+
     def __post_init__(self):
+        self.process = Diffusion(self.noise_schedule.alphas_cumprod, self.prediction_type)
         digest = hashlib.sha256()
         for part in (self.text_encoder, self.vae, self.unet):
             for name, parameter in part.named_parameters():
@@ -84,9 +93,13 @@ class StableDiffusion:
         return self.noise_schedule.config.prediction_type
 
     @property
-    def alpha_bar(self) -> torch.Tensor:
-        """ᾱ of the noise schedule, (T,), on the UNet's device."""
-        return self.noise_schedule.alphas_cumprod.to(self.unet.device)
+    def multiple(self) -> int:
+        """Both sides of an image in pixels must be multiples of it, or the UNet could not halve them."""
+        return self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def part(self, name: str) -> torch.nn.Module:
+        """The UNet or the text encoder, by its name in the pipeline's folder."""
+        return getattr(self, name)
 
     def check_resolution(self, resolution: int | None) -> int:
         """The resolution to train at, by default the model's own.
@@ -96,11 +109,10 @@ class StableDiffusion:
         """
         if resolution is None:
             return self.resolution
-        multiple = self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if resolution % multiple:
-            near = max(multiple, round(resolution / multiple) * multiple)
+        if resolution % self.multiple:
+            near = max(self.multiple, round(resolution / self.multiple) * self.multiple)
             raise InputError(
-                f"--resolution={resolution}: must be a multiple of {multiple} for this model, e.g. {near}"
+                f"--resolution={resolution}: must be a multiple of {self.multiple} for this model, e.g. {near}"
             )
         return resolution
 
@@ -125,18 +137,33 @@ class StableDiffusion:
         if faults:
             raise InputError(*faults)
 
-    def encode_prompts(self, prompts: Sequence[str], text_encoder: torch.nn.Module | None = None) -> torch.Tensor:
-        """(B, tokens, width) hidden states; `text_encoder` is the wrapped one where it is trained."""
-        text_encoder = self.text_encoder if text_encoder is None else text_encoder
+    def embed(
+        self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] = MappingProxyType({})
+    ) -> list[Condition]:
+        """The hidden states of each prompt, {"text": (tokens, width)}.
+
+        encoders: {"text_encoder": …} to call in the place of the model's own, where it is trained.
+        """
+        text_encoder = encoders.get("text_encoder", self.text_encoder)
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
         ).input_ids
-        return text_encoder(ids.to(self.text_encoder.device), return_dict=False)[0]
+        states = text_encoder(ids.to(self.text_encoder.device), return_dict=False)[0]  # (B, tokens, width)
+        return [{"text": text} for text in states]
 
-    @torch.no_grad()
-    def embed(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Each different prompt's hidden states, (tokens, width)."""
-        return {prompt: self.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts)}
+    def condition(self, texts: Sequence[Condition], frames: Sequence[Frame] | None = None) -> Condition:
+        """{"text": (B, tokens, width)}; this model is not told how images were cut."""
+        return {"text": torch.stack([text["text"] for text in texts])}
+
+    def arguments(self, condition: Condition) -> dict[str, torch.Tensor]:
+        """A condition under the names of the UNet's own arguments, which a ControlNet's are, too."""
+        return {"encoder_hidden_states": condition["text"]}
+
+    def predict(
+        self, denoiser: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """What the UNet predicts, noise or v, (B, C, h, w). x_t: (B, C, h, w); t: (B,)."""
+        return denoiser(x_t, t, **self.arguments(condition)).sample
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -144,12 +171,6 @@ class StableDiffusion:
         distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         mean, std = distribution.mean - (self.vae.config.shift_factor or 0), distribution.std
         return torch.stack([mean, std], dim=1).float() * self.vae.config.scaling_factor
-
-    def encode_images(self, images: Sequence[Images], seed: int, keys: Sequence[str]) -> torch.Tensor:
-        """A draw of the latents of all images, (N, C, h, w); the one of image i depends on (seed, keys[i]) alone."""
-        moments = [self.moments(i.pixels) if i.moments is None else i.moments.to(self.vae.device) for i in images]
-        mean, std = torch.cat(moments).unbind(dim=1)
-        return mean + std * normal(mean.shape[1:], seed, "latent", keys).to(mean)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -164,11 +185,13 @@ class StableDiffusion:
         changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         self.noise_schedule = DDPMScheduler.from_config(self.noise_schedule.config, **changes)
         self.scheduler = DDIMScheduler.from_config(self.scheduler.config, **changes)
+        self.process = replace(self.process, alpha_bar=self.noise_schedule.alphas_cumprod).to(self.unet.device)
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
         for part, to in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
             part.requires_grad_(False).eval().to(device, to)
+        self.process = self.process.to(device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The pipeline over these very modules, without copies."""

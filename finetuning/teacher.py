@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from .adapter import Adapter, disabled
+from .family import Family
 from .sampling import evaluating
-from .stable_diffusion import StableDiffusion
 
 
 class Teacher:
@@ -17,19 +17,21 @@ class Teacher:
 
     Args:
         base: still untrained; prompts: all that it will be asked.
-        is_changed: whether training changes the base's own weights; then a copy of the UNet is kept, which costs its
-            memory. Otherwise the adapters are switched off for the time of a prediction.
+        is_changed: whether training changes the base's own weights; then a copy of the denoiser is kept, which costs
+            its memory. Otherwise the adapters are switched off for the time of a prediction.
     """
 
-    def __init__(self, base: StableDiffusion, prompts: Iterable[str], *, is_changed: bool):
-        self.unet = copy.deepcopy(base.unet) if is_changed else base.unet
-        self.embedded = base.embed(prompts)
+    def __init__(self, base: Family, prompts: Iterable[str], *, is_changed: bool):
+        denoiser = base.part(base.denoiser_part)
+        self.base, self.denoiser = base, copy.deepcopy(denoiser) if is_changed else denoiser
+        with torch.no_grad():
+            self.texts = {prompt: base.embed([prompt])[0] for prompt in dict.fromkeys(prompts)}
 
     @torch.no_grad()
     def __call__(
         self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str], adapters: Iterable[Adapter]
     ) -> torch.Tensor:
-        """x_t: (N, C, h, w); t: (N,). Returns the prediction (N, C, h, w), float32."""
-        text = torch.stack([self.embedded[prompt] for prompt in prompts])
-        with disabled(adapters), evaluating(self.unet):
-            return self.unet(x_t, t, text).sample.float()
+        """The prediction (N, C, h, w), float32. x_t: (N, C, h, w); t: (N,); adapters: those that are switched off."""
+        condition = self.base.condition([self.texts[prompt] for prompt in prompts])
+        with disabled(adapters), evaluating(self.denoiser):
+            return self.base.predict(self.denoiser, x_t, t, condition).float()

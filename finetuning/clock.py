@@ -1,0 +1,67 @@
+"""How long each part of a step takes.
+
+A step's seconds are divided among the phases that are named here; a phase inside another one counts for itself alone.
+On a GPU the host runs ahead of the device, so that times are taken by events on the device and read later, without
+making the host wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("data", "encode", "forward", "backward", "optimizer", "validation")
+
+
+class Clock:
+    """Times the phases of one step after the other.
+
+    Args:
+        device: where the work is done.
+        now: seconds from some start, on devices without events of their own. A measuring tool may take processor time.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+        self.now, self.on_cuda = now, device.type == "cuda"
+        self._open: list[str] = []
+        self._marks: list[tuple[object, str | None]] = []  # from each mark on, the phase that runs, None = no phase
+
+    @contextmanager
+    def phase(self, name: str):
+        """Count the time inside the block for this phase."""
+        self._open.append(name)
+        self._mark()
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._mark()
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase since the last reading; phases that did not run are left out.
+
+        On a GPU this waits until the device has done what was timed.
+        """
+        self._mark()
+        marks, self._marks = self._marks, self._marks[-1:]
+        if self.on_cuda:
+            marks[-1][0].synchronize()
+        seconds: dict[str, float] = defaultdict(float)
+        for (begun, phase), (ended, _) in itertools.pairwise(marks):
+            if phase is not None:
+                seconds[phase] += begun.elapsed_time(ended) / 1000 if self.on_cuda else ended - begun
+        return dict(seconds)
+
+    def _mark(self) -> None:
+        moment: object
+        if self.on_cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = self.now()
+        self._marks.append((moment, self._open[-1] if self._open else None))
