@@ -6,6 +6,7 @@ What never changes is computed once: latents in the streams, what conditions on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -22,10 +23,17 @@ class Encoding:
         seed: of the draws of latents.
         encoders: gives the text encoders that are trained, by part, as they are to be called now; the others are the
             model's own.
+        phase: times what is done here as the phase "encode", see clock.py.
     """
 
-    def __init__(self, base: Family, seed: int, encoders: Callable[[], Mapping[str, torch.nn.Module]] = dict):
-        self.base, self.seed, self.encoders = base, seed, encoders
+    def __init__(
+        self,
+        base: Family,
+        seed: int,
+        encoders: Callable[[], Mapping[str, torch.nn.Module]] = dict,
+        phase: Callable[[str], AbstractContextManager] = nullcontext,
+    ):
+        self.base, self.seed, self.encoders, self.phase = base, seed, encoders, phase
         self.kept: dict[str, Condition] | None = None  # None: prompts are encoded whenever they are seen
 
     @torch.no_grad()
@@ -35,19 +43,17 @@ class Encoding:
 
     def latents(self, batch: Batch) -> torch.Tensor:
         """A draw of the latents of all images, (N, C, h, w); that of image i depends on (seed, keys[i]) alone."""
-        moments = [
-            self.base.moments(images.pixels) if images.moments is None else images.moments for images in batch.images
-        ]
         device = self.base.part(self.base.denoiser_part).device
-        mean, deviation = torch.cat([part.to(device) for part in moments]).unbind(dim=1)
-        return mean + deviation * normal(mean.shape[1:], self.seed, "latent", batch.keys).to(mean)
+        with self.phase("encode"):
+            moments = [self.base.moments(i.pixels) if i.moments is None else i.moments for i in batch.images]
+            mean, deviation = torch.cat([part.to(device) for part in moments]).unbind(dim=1)
+            return mean + deviation * normal(mean.shape[1:], self.seed, "latent", batch.keys).to(mean)
 
     def condition(self, batch: Batch) -> Condition:
         """What conditions on the N prompts of the batch, and on how its images were cut."""
-        if self.kept is not None:
-            texts = [self.kept[prompt] for prompt in batch.prompts]
-        else:
+        with self.phase("encode"):
+            if self.kept is not None:
+                return self.base.condition([self.kept[prompt] for prompt in batch.prompts], batch.frames)
             encoders = self.encoders()
             with torch.set_grad_enabled(torch.is_grad_enabled() and bool(encoders)):
-                texts = self.base.embed(batch.prompts, encoders)
-        return self.base.condition(texts, batch.frames)
+                return self.base.condition(self.base.embed(batch.prompts, encoders), batch.frames)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -40,6 +41,16 @@ class Losses:
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Watcher(Protocol):
+    """A tool that measures training: it is told when a step begins and when it has ended."""
+
+    def begins(self, step: int) -> None:
+        """Called before anything of the step is done; the step waits until this returns."""
+
+    def ends(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Called when all of the step is done. seconds: of each phase, see `Clock`."""
+
+
 class Training:
     """Adapters on a base model, and everything that a step changes.
 
@@ -55,7 +66,7 @@ class Training:
     Attributes:
         encoding: encodes its batches.
         clock: times the phases of each step.
-        watchers: called with the number of each step before it begins: measuring tools wait here for their turn.
+        watchers: tools that measure the steps.
         writes_results: whether `finish` writes them; measuring tools have no use for them.
     """
 
@@ -81,9 +92,9 @@ class Training:
         self.state, self.checkpoints = state, checkpoints
         self.first_step, self.last_step, self.total_batch = first_step, last_step, total_batch
         self.checkpointing_steps, self.max_grad_norm = checkpointing_steps, max_grad_norm
-        self.encoding = Encoding(base, run.seed, self.trained_encoders)
+        self.encoding = Encoding(base, run.seed, self.trained_encoders, lambda name: self.clock.phase(name))
         self.clock = Clock(run.device)
-        self.watchers: list[Callable[[int], None]] = []
+        self.watchers: list[Watcher] = []
         self.writes_results = True
         self.number = first_step  # of the step that runs
         self._bare = {name: adapter.module for name, adapter in adapters.items()}
@@ -145,9 +156,11 @@ class Training:
         self.clock.read()
         for step in self.run.steps(self.first_step, self.last_step):
             self.number = step
-            for watch in self.watchers:
-                watch(step)
+            for watcher in self.watchers:
+                watcher.begins(step)
             yield step, self._take(stream)
+            for watcher in self.watchers:
+                watcher.ends(step, self._seconds)
 
     def _take(self, stream: Iterator[tuple[int, Batch]]) -> Iterator[Batch]:
         for _ in range(self.run.accumulation):
@@ -188,16 +201,16 @@ class Training:
         means = dict(zip(names, self.run.mean(values)))
         is_rare = self.number % RARE == 0 or self.number == self.last_step
         denoiser = self.adapters.get(self.base.denoiser_part)
-        seconds = self.run.seconds
+        self._seconds = self.clock.read()
         self.run.log(
             self.number,
             **means,
             **rates,
             gradient_norm=float(gradient_norm),
-            images_per_second=self.samples / seconds,
+            images_per_second=self.samples / self.run.seconds,
             peak_memory_gib=self.run.peak_memory(),
             rotation_degrees=denoiser.rotation_angle() if is_rare and denoiser is not None else None,
-            **{f"seconds_{phase}": time for phase, time in self.clock.read().items()},
+            **{f"seconds_{phase}": time for phase, time in self._seconds.items()},
         )
 
     def is_due(self, every: int) -> bool:

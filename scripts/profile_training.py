@@ -16,16 +16,15 @@ import os
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that processor time is time
 
+from finetuning.clock import PHASES, Clock  # noqa: E402
 from finetuning.config import read_config, run_command  # noqa: E402
-from finetuning.dataset import ImageStream  # noqa: E402
 from finetuning.settings import DreamBoothConfig  # noqa: E402
 from train_dreambooth import DreamBooth  # noqa: E402
 
@@ -36,69 +35,22 @@ MUG = [
 ]  # fmt: skip
 WITHOUT = ["--no_cache_latents", "--no_pre_compute_text_embeddings"]
 WARM_UP = 2  # steps that are not counted
-READING, ENCODING = "reading", "latents"
-PARTS = (READING, ENCODING, "text", "forward", "backward", "optimizer", "log", "the rest")
+REST, ALL = "the rest", "all"
 
 
-class TimedStream:
-    """An ImageStream of which the reading is timed."""
+class Profiler:
+    """Watches a trainer and notes the processor time of each step, by phase."""
 
-    def __init__(self, stream: ImageStream, read: Callable):
-        self.stream, self.read = stream, read
+    def __init__(self):
+        self.steps: list[dict[str, float]] = []
 
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
+    def begins(self, step: int) -> None:
+        self.begun = time.process_time()
 
-    def __getitem__(self, position: int):
-        return self.read(position)
-
-
-class Profiled(DreamBooth):
-    """The trainer, which notes the processor time of each step by part."""
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.times: list[dict[str, float]] = []
-        self.wrap(self.base, "encode_images", ENCODING)
-        self.wrap(self, "encode_prompts", "text")
-        self.wrap(self, "denoising_errors", "forward")
-        self.wrap(self.run, "backward", "backward")
-        self.wrap(self.run, "clip_gradients", "optimizer")
-        begun: list[float] = []
-        self.optimizer.register_step_pre_hook(lambda *_: begun.append(time.process_time()))
-        self.optimizer.register_step_post_hook(lambda *_: self.note("optimizer", begun.pop()))
-        self.wrap(self, "log", "log")
-        self.streams = [TimedStream(stream, self.timed(stream.__getitem__, READING)) for stream in self.streams]
-        self.run.steps = self.timed_steps(self.run.steps)
-
-    def wrap(self, owner: object, name: str, part: str) -> None:
-        setattr(owner, name, self.timed(getattr(owner, name), part))
-
-    def timed(self, function: Callable, part: str) -> Callable:
-        def call(*args, **kwargs):
-            begun = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.note(part, begun)
-
-        return call
-
-    def note(self, part: str, begun: float) -> None:
-        self.times[-1][part] += time.process_time() - begun
-
-    def timed_steps(self, steps: Callable) -> Callable:
-        def call(first: int, last: int):
-            for step in steps(first, last):
-                self.times.append(defaultdict(float))
-                begun = time.process_time()
-                yield step
-                self.times[-1]["all"] = time.process_time() - begun
-
-        return call
-
-    def finish(self, step: int) -> None:
-        """Nothing is kept."""
+    def ends(self, step: int, seconds: Mapping[str, float]) -> None:
+        total = time.process_time() - self.begun
+        phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
+        self.steps.append({**phases, REST: total - sum(phases.values()), ALL: total})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(options.rounds):
         for name, more in {"with caches": [], "without": WITHOUT}.items():
             times[name] += profile([*training, *more, f"--max_train_steps={options.steps}"])
-    fastest = [min(steps, key=lambda step: step["all"]) for steps in times.values()]
+    fastest = [min(steps, key=lambda step: step[ALL]) for steps in times.values()]
     print(f"{'':16}" + "".join(f"{name:>22}" for name in times))
-    for part in (*PARTS, "all"):
-        print(f"{part:16}" + "".join(f"{1000 * s[part]:10.1f} ms {s[part] / s['all']:7.0%} " for s in fastest))
-    print(f"caches make {fastest[1]['all'] / fastest[0]['all']:.2f} times the steps a second")
+    for part in (*PHASES, REST, ALL):
+        print(f"{part:16}" + "".join(f"{1000 * s[part]:10.1f} ms {s[part] / s[ALL]:7.0%} " for s in fastest))
+    print(f"caches make {fastest[1][ALL] / fastest[0][ALL]:.2f} times the steps a second")
     return 0
 
 
@@ -128,11 +80,12 @@ def profile(training: Sequence[str]) -> list[dict[str, float]]:
     """Processor seconds of a run's steps, by part."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*training, f"--output_dir={folder}/output", "--report_to=none"]
-        trainer = Profiled(read_config(DreamBoothConfig, arguments))
+        trainer, profiler = DreamBooth(read_config(DreamBoothConfig, arguments)), Profiler()
+        trainer.training.clock = Clock(trainer.run.device, time.process_time)
+        trainer.training.watchers.append(profiler)
+        trainer.training.writes_results = False
         trainer.train()
-    for times in trainer.times:
-        times["the rest"] = times["all"] - sum(times[part] for part in PARTS[:-1])
-    return trainer.times[WARM_UP:]
+    return profiler.steps[WARM_UP:]
 
 
 if __name__ == "__main__":

@@ -352,11 +352,11 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(toy_base, photos
         trainer = DreamBooth(read_config(DreamBoothConfig, arguments))
         for _, parameter in trainer.adapters["unet"].named_trainables():
             parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()
+        trainer.training.optimizer.step()
         folder = tmp_path / trainer.config.adapter.kind
-        trainer.state.write(folder, 1)
+        trainer.training.state.write(folder, 1)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        assert least * written < trainer.state.size() < written
+        assert least * written < trainer.training.state.size() < written
 
 
 def test_resuming_with_another_number_of_threads_is_said(finished, toy_base, tmp_path, capsys):

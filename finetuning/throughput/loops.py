@@ -16,9 +16,10 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,6 @@ from ..adapter import target_modules
 from ..config import read_config
 from ..objective import add_noise, mean_squared_error, target
 from .measure import PROMPTS, Workload
-
-T = TypeVar("T")
 
 
 class Turns:
@@ -43,32 +42,26 @@ class Turns:
     def say(self, **message: float) -> None:
         print(json.dumps(message), file=self._parent, flush=True)
 
-    def take(self, steps: Iterable[T], trained: int) -> Iterator[T]:
-        """The steps, each when it is this process's turn, and timed from there to the next."""
-        self.say(trained=trained)
-        for step in steps:
-            if not sys.stdin.readline():
-                raise SystemExit("nobody waits for this process any more")
-            begun = time.perf_counter()
-            yield step
-            self.say(seconds=time.perf_counter() - begun)
+    def begins(self, step: int) -> None:
+        """Wait until it is this process's turn."""
+        if not sys.stdin.readline():
+            raise SystemExit("nobody waits for this process any more")
+        self._begun = time.perf_counter()
+
+    def ends(self, step: int, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Say how long the step took since its turn came."""
+        self.say(seconds=time.perf_counter() - self._begun)
 
 
 def trainer_loop(trainer: Path, config: Path, turns: Turns) -> None:
     """Training by the script and a configuration file, as the command does it, up to the last step."""
     sys.path.insert(0, str(trainer.parent))
     module = importlib.import_module(trainer.stem)
-
-    class Timed(module.DreamBooth):
-        def prepare(self) -> None:
-            super().prepare()
-            steps, trained = self.run.steps, sum(adapter.count() for adapter in self.adapters.values())
-            self.run.steps = lambda first, last: turns.take(steps(first, last), trained)
-
-        def finish(self, step: int) -> None:
-            """Nothing is kept."""
-
-    Timed(read_config(module.DreamBoothConfig, [f"--config={config}"])).train()
+    run = module.DreamBooth(read_config(module.DreamBoothConfig, [f"--config={config}"]))
+    turns.say(trained=run.training.count())
+    run.training.watchers.append(turns)
+    run.training.writes_results = False
+    run.train()
 
 
 def plain_loop(kind: str, work: Workload, turns: Turns) -> None:
@@ -84,7 +77,9 @@ def plain_loop(kind: str, work: Workload, turns: Turns) -> None:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trainables, 1e-4)
     alphas, prediction = pipeline.scheduler.alphas_cumprod, pipeline.scheduler.config.prediction_type
-    for _ in turns.take(range(work.steps), sum(parameter.numel() for parameter in trainables)):
+    turns.say(trained=sum(parameter.numel() for parameter in trainables))
+    for step in range(work.steps):
+        turns.begins(step)
         noise, t = torch.randn_like(x0), torch.randint(0, len(alphas), (len(x0),))
         x_t, wanted = add_noise(x0, noise, alphas[t]), target(x0, noise, alphas[t], prediction)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -93,6 +88,7 @@ def plain_loop(kind: str, work: Workload, turns: Turns) -> None:
         torch.nn.utils.clip_grad_norm_(trainables, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        turns.ends(step)
 
 
 @torch.no_grad()

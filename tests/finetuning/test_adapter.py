@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from training import assert_same
 
-from finetuning.adapter import PRESETS, add_boft, add_lora, disabled, target_modules, train_fully
+from finetuning.adapter import add_boft, add_lora, disabled, target_modules, train_fully
 from finetuning.config import InputError
+from finetuning.unet_layers import UNET_PRESETS
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_trainables_are_float32_on_a_base_in_half_precision(unet):
 
 
 def test_presets_grow(unet):
-    counts = [len(target_modules([preset], unet, "--f")) for preset in PRESETS]
+    counts = [len(target_modules([preset], unet, "--f")) for preset in UNET_PRESETS]
     assert counts == sorted(set(counts))
     assert target_modules(["to_q,to_k"], unet, "--f") == ["to_q", "to_k"]
 

@@ -58,7 +58,7 @@ def test_a_fresh_control_changes_nothing_and_learns(make, base):
     torch.manual_seed(0)
     control = make(base.unet, base.vae_scale, 3).requires_grad_(True)
     x_t, t, text = torch.randn(2, 8, 8, 8), torch.tensor([5, 900]), torch.randn(2, 24, 16)
-    predicted = predict(base.unet, control, x_t, t, text, torch.rand(2, 3, 16, 16))
+    predicted = predict(base, base.unet, control, x_t, t, {"text": text}, torch.rand(2, 3, 16, 16))
     assert torch.equal(predicted, base.unet(x_t, t, text).sample)
     predicted.square().sum().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in control.parameters())

@@ -8,6 +8,8 @@ import torch
 from conftest import draw_photo
 from PIL import Image
 
+from finetuning.dataset import Batch
+from finetuning.encoding import Encoding
 from finetuning.picture import grid, save_picture
 from finetuning.sampling import Sampler, evaluating
 from finetuning.stable_diffusion import load_stable_diffusion
@@ -65,9 +67,14 @@ def test_latents_decode_to_what_was_encoded_by_the_library(base):
 
 
 def test_embedded_prompts_are_the_encoded_ones(base):
-    embedded = base.embed(["a mug", "a red dog", "a mug"])
-    assert len(embedded) == 2
-    torch.testing.assert_close(embedded["a red dog"], base.encode_prompts(["a mug", "a red dog"])[1])
+    encoding = Encoding(base, seed=0)
+    batch = Batch([], ["a mug", "a red dog", "a mug"], ["0", "1", "2"])
+    expected = encoding.condition(batch)["text"]
+    encoding.keep(batch.prompts)
+    assert len(encoding.kept) == 2
+    torch.testing.assert_close(encoding.condition(batch)["text"], expected)
+    ids = base.tokenizer("a red dog", padding="max_length", return_tensors="pt").input_ids
+    torch.testing.assert_close(expected[1], base.text_encoder(ids).last_hidden_state[0])
 
 
 def test_the_fingerprint_tells_models_apart(base, toy_base, sd15_base):
