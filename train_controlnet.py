@@ -159,6 +159,7 @@ class ControlNet:
         self.run = build_run(config.model, config.optimization, config.tracking, self.output)
         self.base = build_base(config.model, config.objective, self.run)
         self.config = config = config.with_values(
+            mixed_precision=self.run.mixed_precision,
             resolution=self.base.check_resolution(config.data.resolution),
             dataset_name=config.data.dataset_place,
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),

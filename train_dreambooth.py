@@ -168,6 +168,7 @@ class DreamBooth:
         self.run = build_run(config.model, config.optimization, config.tracking, self.output)
         self.base = build_base(config.model, config.objective, self.run)
         self.config = config = config.with_values(
+            mixed_precision=self.run.mixed_precision,
             resolution=self.base.check_resolution(config.data.resolution),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),

@@ -240,10 +240,16 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
                 f"out of memory: {said}; use smaller batches or pictures, in training --train_batch_size with "
                 "--gradient_accumulation_steps, --gradient_checkpointing or --resolution"
             )
-    if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
+    if not _is_other_process():
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)
     return code
+
+
+def _is_other_process() -> bool:
+    """Whether this is one of several processes, and not the first, which alone speaks."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return rank.isdigit() and size.isdigit() and 0 < int(rank) < int(size)
 
 
 def show(value: Any) -> str:

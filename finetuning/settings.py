@@ -42,9 +42,10 @@ class ModelSettings(Group):
     tokenizer_name: str | None = setting(
         None, "Another tokenizer's folder or name. None = the model's own.", folder="perhaps"
     )
-    mixed_precision: str = setting(
-        "no",
-        "Precision of the frozen parts and of the arithmetic; what is trained stays float32.",
+    mixed_precision: str | None = setting(
+        None,
+        "Precision of the frozen parts and of the arithmetic; what is trained stays float32. None = what accelerate "
+        "is configured for, else no.",
         choices=("no", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
