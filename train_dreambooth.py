@@ -239,6 +239,7 @@ class DreamBooth:
         may_change = ("max_train_steps",) if is_endless else ()
         self.first_step = self.state.read(found, self.last_step, may_change) if found else 0
         self.hub = build_hub(config.tracking, self.output)
+        self.run.wait()  # nobody writes before all have looked
 
     def photo_stream(self, folder: str, flag: str) -> ImageStream:
         data = self.config.data

@@ -6,12 +6,11 @@ Library functions take plain values; only the two scripts, the builders and this
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import folders
 from .config import Config, Group, setting, show
 
 EMBEDDED_BASE = str(Path(__file__).resolve().parent.parent / "data" / "toyworld" / "base")
@@ -51,6 +50,14 @@ class ModelSettings(Group):
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
     enable_xformers_memory_efficient_attention: bool = setting(False, "Attention by xformers (a GPU is needed).")
     allow_tf32: bool = setting(False, "TF32 matrix products on Ampere GPUs and later.")
+
+    @property
+    def folders(self) -> dict[str, str | None]:
+        """Where they may be local folders, by flag."""
+        return {
+            "--pretrained_model_name_or_path": folders.local(self.pretrained_model_name_or_path),
+            "--tokenizer_name": folders.local(self.tokenizer_name),
+        }
 
 
 @dataclass
@@ -282,7 +289,9 @@ class ObjectiveSettings(Group):
 class CheckpointSettings(Group):
     """Output and checkpoints"""
 
-    output_dir: str = setting("data/output/run", "Folder of everything that the run writes.", may_change=True)
+    output_dir: str = setting(
+        "data/output/run", "Folder of everything that the run writes.", may_change=True, folder="own"
+    )
     overwrite_output_dir: bool = setting(
         False, "Start anew where checkpoints of another run stand, and remove them.", may_change=True
     )
@@ -378,14 +387,13 @@ class DreamBoothConfig(Config):
     def faults(self) -> Iterator[str]:
         if self.data.pre_compute_text_embeddings and self.adapter.train_text_encoder:
             yield "--pre_compute_text_embeddings: impossible with --train_text_encoder, which changes them; drop one"
-        folders = {
+        model = self.model.folders
+        photos = {
             "--instance_data_dir": self.subject.instance_data_dir,
-            "--class_data_dir": self.prior.class_data_dir,
-            "--output_dir": self.checkpoints.output_dir,
+            "--held_out_data_dir": self.subject.held_out_data_dir,
         }
-        for (flag, folder), (other_flag, other) in itertools.combinations(folders.items(), 2):
-            if folder is not None and other is not None and os.path.realpath(folder) == os.path.realpath(other):
-                yield (
-                    f"{other_flag}={other}: is {flag} too, among whose pictures the trainer would put its own; give "
-                    "another folder"
-                )
+        classes = {"--class_data_dir": self.prior.class_data_dir}
+        yield from folders.overlap_faults("--output_dir", self.checkpoints.output_dir, {**model, **photos, **classes})
+        if self.prior.class_data_dir is not None:
+            yield from folders.overlap_faults("--class_data_dir", self.prior.class_data_dir, model)
+        yield from folders.same_faults({**photos, **classes}, "where others are needed; give another folder")

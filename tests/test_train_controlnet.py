@@ -171,7 +171,7 @@ def test_the_toy_world_is_no_folder(tmp_path, monkeypatch):
     config = read_config(ControlNetConfig, ["--dataset_name=toyworld", "--max_train_steps=1"])
     config.with_values(dataset_name=config.data.dataset_place).save(tmp_path / "config.yaml")
     assert read_config(ControlNetConfig, [f"--config={tmp_path / 'config.yaml'}"]).data.is_toyworld
-    local = read_config(ControlNetConfig, ["--dataset_name=data", "--max_train_steps=1"])
+    local = read_config(ControlNetConfig, ["--dataset_name=data", "--max_train_steps=1", "--output_dir=run"])
     assert Path(local.data.dataset_place).is_absolute()
 
 
