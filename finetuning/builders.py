@@ -15,6 +15,7 @@ from .hub import HubRepository, open_repository
 from .optimization import make_optimizer, make_schedule
 from .run import Run, check_writable
 from .sampling import Sampler
+from .schedulers import check_steps
 from .settings import (
     AdapterSettings,
     DreamBoothAdapterSettings,
@@ -111,10 +112,11 @@ def build_optimizer(
 def build_sampler(
     base: StableDiffusion, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
 ) -> Sampler:
-    """How pictures are made. Raises InputError for more denoising steps than the model has."""
+    """How pictures are made. Raises InputError for more denoising steps than the model has, or its sampler can do."""
     most = base.scheduler.config.num_train_timesteps
     if settings.num_inference_steps > most:
         raise InputError(f"--num_inference_steps={settings.num_inference_steps}: the model has {most}; give fewer")
+    check_steps(base.scheduler, settings.num_inference_steps)
     return Sampler(base, resolution, settings.num_inference_steps, settings.guidance_scale, batch_size, precision)
 
 

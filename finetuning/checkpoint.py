@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 
 from .config import DISK_FULL, InputError, RunError
 from .folders import is_same
-from .result import MANIFEST, results_in, standing_in, stranger_in, strangers_in
+from .result import MANIFEST, results_in, standing_in, stranger_in, strangers_in, was_interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Checkpoints:
         if overwrite:
             self.is_replaced = True
             return found
-        if name == "latest" and (results := results_in(self.folder)):
+        if name == "latest" and (results := results_in(self.folder)) and not was_interrupted(self.folder):
             raise InputError(
                 f"{FLAG}=latest: {self.folder} holds no checkpoint but a result ({shown(results)}), which a run from "
                 "the start would replace; give another --output_dir, or --overwrite_output_dir to remove it"

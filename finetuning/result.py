@@ -30,6 +30,11 @@ def standing_in(folder: Path) -> list[str]:
     return results_in(folder) + more
 
 
+def was_interrupted(folder: Path) -> bool:
+    """Whether the run in a folder did not come to its end: it has begun, and its last page is missing."""
+    return all((folder / name).exists() for name in RECORDS) and not (folder / "README.md").exists()
+
+
 def stranger_in(part: Path) -> str | None:
     """A file in a folder that `write_folder` did not put there, or None; hidden ones do not count."""
     if not part.is_dir():

@@ -76,6 +76,11 @@ def test_a_run_that_had_only_begun_is_begun_again_by_latest(tmp_path):
     for name in ("config.yaml", "metrics.jsonl", "environment.json"):
         (tmp_path / name).touch()
     assert Checkpoints(tmp_path).choose("latest") is None
+    write_folder(tmp_path / "unet", lambda folder: (folder / "weights").touch())  # killed before its last page
+    assert Checkpoints(tmp_path).choose("latest") is None
+    (tmp_path / "README.md").touch()
+    with pytest.raises(InputError, match="no checkpoint but a result"):
+        Checkpoints(tmp_path).choose("latest")
 
 
 def test_a_checkpoint_of_elsewhere_does_not_go_on_over_a_result(result, output, toy_base, tmp_path, capsys):
