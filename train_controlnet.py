@@ -40,6 +40,7 @@ from finetuning.control_data import ControlBatch, ControlBatches
 from finetuning.control_evaluation import consistency, overlay, plot_course, references
 from finetuning.dataset import read_prompts, to_image
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
+from finetuning.optimization import learning_rates
 from finetuning.picture import grid, save_picture
 from finetuning.randomness import integers, normal, seed_modules
 from finetuning.report import read_metrics
@@ -86,14 +87,14 @@ class ControlNet:
                     loss += errors.mean().detach() / run.accumulation
 
             gradient_norm = run.clip_gradients(optimizer, config.optimization.max_grad_norm)
-            learning_rate = self.schedule.get_last_lr()[0]
+            rates = learning_rates(optimizer)
             optimizer.step()
             self.schedule.step()
             optimizer.zero_grad()
             if self.averages is not None:
                 self.averages.step()
 
-            self.log(step, loss, gradient_norm, learning_rate)
+            self.log(step, loss, gradient_norm, rates)
             if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
                 run.check_same(optimizer)
                 if run.is_main:
@@ -264,14 +265,14 @@ class ControlNet:
 
     # Between the steps, in the first process
 
-    def log(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
+    def log(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, rates: dict[str, float]) -> None:
         """Numbers of a step. The mean over processes is taken here, so all of them must call."""
         is_rare = step % 50 == 0 or step == self.last_step
         angle = self.adapters["unet"].rotation_angle() if is_rare and "unet" in self.adapters else None
         self.run.log(
             step,
             loss=self.run.mean(loss)[0],
-            learning_rate=learning_rate,
+            **rates,
             gradient_norm=float(gradient_norm),
             images_per_second=self.total_batch / self.run.seconds,
             peak_memory_gib=self.run.peak_memory(),

@@ -44,6 +44,7 @@ from finetuning.config import InputError, read_config, run_command
 from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
 from finetuning.model_card import model_card
 from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
+from finetuning.optimization import learning_rates
 from finetuning.picture import grid, save_picture
 from finetuning.prior import build_prior_stream, check_prior
 from finetuning.randomness import integers, normal, seed_modules
@@ -91,14 +92,14 @@ class DreamBooth:
                     losses += torch.stack([instance_loss, prior_loss]).detach() / run.accumulation
 
             gradient_norm = run.clip_gradients(optimizer, config.optimization.max_grad_norm)
-            learning_rate = self.schedule.get_last_lr()[0]
+            rates = learning_rates(optimizer)
             optimizer.step()
             self.schedule.step()
             optimizer.zero_grad()
             if self.averages is not None:
                 self.averages.step()
 
-            self.log(step, losses, gradient_norm, learning_rate)
+            self.log(step, losses, gradient_norm, rates)
             if step % config.checkpoints.checkpointing_steps == 0 or run.is_stopping():
                 run.check_same(optimizer)
                 if run.is_main:
@@ -292,7 +293,7 @@ class DreamBooth:
 
     # Between the steps, in the first process
 
-    def log(self, step: int, losses: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
+    def log(self, step: int, losses: torch.Tensor, gradient_norm: torch.Tensor, rates: dict[str, float]) -> None:
         """Numbers of a step. The mean over processes is taken here, so all of them must call."""
         instance_loss, prior_loss = self.run.mean(losses)
         has_prior = len(self.streams) > 1
@@ -302,7 +303,7 @@ class DreamBooth:
             loss=instance_loss + self.config.prior.prior_loss_weight * prior_loss,
             instance_loss=instance_loss,
             prior_loss=prior_loss if has_prior else None,
-            learning_rate=learning_rate,
+            **rates,
             gradient_norm=float(gradient_norm),
             images_per_second=self.total_batch * len(self.streams) / self.run.seconds,
             peak_memory_gib=self.run.peak_memory(),

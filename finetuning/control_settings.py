@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import folders
+from .adapter_settings import AdapterSettings
 from .config import Config, Group, setting
 from .settings import (
-    AdapterSettings,
     AverageSettings,
     CheckpointSettings,
     DataSettings,
