@@ -101,6 +101,7 @@ class ControlNet:
         self.run = build_run(config)
         self.base = build_base(config, self.run)
         self.config = config = config.with_values(
+            mixed_precision=self.run.mixed_precision,
             resolution=self.base.check_resolution(config.data.resolution),
             dataset_name=config.data.dataset_place,
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
@@ -140,6 +141,7 @@ class ControlNet:
             self.base, validation, data.resolution, validation.sample_batch_size, precision
         ).controlled(self.adapters[self.part].module, validation.controlnet_conditioning_scale)
         self.hub = build_hub(config.tracking, self.output)
+        self.run.wait()  # nobody writes before all have looked
 
     def prepare(self) -> None:
         """Open the folder, and compute once what never changes."""

@@ -113,6 +113,7 @@ class DreamBooth:
         self.run = build_run(config)
         self.base = build_base(config, self.run)
         self.config = config = config.with_values(
+            mixed_precision=self.run.mixed_precision,
             resolution=self.base.check_resolution(config.data.resolution),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
@@ -156,6 +157,7 @@ class DreamBooth:
             data_flag="--instance_data_dir",
         )
         self.hub = build_hub(config.tracking, self.output)
+        self.run.wait()  # nobody writes before all have looked
 
     def photo_stream(self, folder: str, flag: str) -> ImageStream:
         """The photos of a folder, all of which can be read."""

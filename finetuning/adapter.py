@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from boft import BOFTConfig
 
+from .adapter_settings import BLOCK_SIZE
 from .config import InputError
 from .unet_layers import UNET_PRESETS
 
@@ -159,7 +160,7 @@ def add_boft(
         InputError: no such layer, or a block size that a layer's features cannot be divided by.
     """
     if not block_size and not block_num:
-        block_size = 8
+        block_size = BLOCK_SIZE
     config = BOFTConfig(
         boft_block_size=block_size,
         boft_block_num=block_num,

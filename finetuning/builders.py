@@ -11,17 +11,17 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapter import Adapter, add_boft, add_lora, train_fully
+from .adapter_settings import AdapterSettings, DreamBoothAdapterSettings
 from .averages import Averages
 from .checkpoint import Checkpoints
 from .config import Config, InputError
 from .hub import HubRepository, open_repository
-from .optimization import make_optimizer, make_schedule
+from .optimization import RATE, make_optimizer, make_schedule
 from .run import Run, check_writable
 from .sampling import Sampler
+from .schedulers import check_steps
 from .settings import (
     SCHEDULES_WITHOUT_END,
-    AdapterSettings,
-    DreamBoothAdapterSettings,
     OptimizationSettings,
     TrackerSettings,
     TrainerConfig,
@@ -89,11 +89,15 @@ def build_optimizer(
 
     Args:
         scale_rate: of BOFT's scale, None = as the rest; rates: of adapters that have another than --learning_rate.
+            Both are logged under names of their own, e.g. learning_rate_scale, learning_rate_hint_encoder.
     """
     factor, groups = total_batch if settings.scale_lr else 1, []
     for name, adapter in adapters.items():
-        rate = rates.get(name, settings.learning_rate) * factor
-        groups += adapter.parameter_groups(rate, settings.adam_weight_decay, scale_rate)
+        rate, called = rates.get(name, settings.learning_rate) * factor, "learning_rate"
+        if name in rates:
+            called += f"_{name}"
+        for group in adapter.parameter_groups(rate, settings.adam_weight_decay, scale_rate):
+            groups.append({**group, RATE: called if group["lr"] == rate else "learning_rate_scale"})
     optimizer = make_optimizer(
         groups,
         betas=(settings.adam_beta1, settings.adam_beta2),
@@ -116,10 +120,11 @@ def build_optimizer(
 def build_sampler(
     base: StableDiffusion, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
 ) -> Sampler:
-    """How pictures are made. Raises InputError for more denoising steps than the model has."""
+    """How pictures are made. Raises InputError for more denoising steps than the model has, or its sampler can do."""
     most = base.scheduler.config.num_train_timesteps
     if settings.num_inference_steps > most:
         raise InputError(f"--num_inference_steps={settings.num_inference_steps}: the model has {most}; give fewer")
+    check_steps(base.scheduler, settings.num_inference_steps)
     return Sampler(base, resolution, settings.num_inference_steps, settings.guidance_scale, batch_size, precision)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .config import DISK_FULL, InputError, RunError
+from .folders import is_same
+from .result import MANIFEST, results_in, standing_in, stranger_in, strangers_in, was_interrupted
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 STATE = "training_state.pt"
 UNFINISHED = ".saving-"
 FLAG = "--resume_from_checkpoint"
@@ -50,16 +51,18 @@ class Checkpoints:
 
     Attributes:
         folder: the run's output folder; limit: newest ones kept, None = all.
+        is_replaced: whether what another run has left in the folder goes before this one begins.
     """
 
     folder: Path
     limit: int | None = None
+    is_replaced: bool = False
 
     def all(self) -> list[Path]:
         """Those that stand, oldest first, complete or not."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        found = [p for p in self.folder.iterdir() if is_checkpoint(p) and p.is_dir()]
         return sorted(found, key=step_of)
 
     def save(self, step: int, state: Writable) -> Path:
@@ -90,26 +93,54 @@ class Checkpoints:
             raise SaveError(f"{text}; {last}; make room and give the same command with {FLAG}=latest") from error
 
     def begin(self, is_new: bool) -> None:
-        """Clear away what a killed process left half-written and, before a new run, all that stands."""
-        for path in self.all() if is_new else []:
+        """Clear away what a killed process left half-written and, before a new run, all that stands of others."""
+        for path in self.all() if is_new or self.is_replaced else []:
             _remove(path)
+        for path in [self.folder / name for name in results_in(self.folder)] if self.is_replaced else []:
+            if path.is_dir():
+                _remove(path)
+            else:
+                path.unlink()
         for path in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def choose(self, name: str | None, overwrite: bool = False) -> Path | None:
-        """The one to resume from; None = start anew, for which the folder must hold none or be overwritten.
+        """The one to resume from; None = start anew, for which the folder must hold no run or be overwritten.
+
+        Nothing is removed yet, see `begin`.
 
         Raises:
-            InputError: as `find`; or a new run would mix with what stands.
+            InputError: as `find`; or a new run would mix with what stands, or remove what no run has put there.
         """
-        if name is not None:
-            return self.find(name)
-        if (standing := self.all()) and not overwrite:
+        found = None if name is None else self.find(name)
+        if strangers := strangers_in(self.folder):
+            raise InputError(
+                f"--output_dir={self.folder}: holds {strangers[0]}, which no run has put there and this one would "
+                "remove; move it, or give another folder"
+            )
+        if found is not None and is_same(str(found.parent), str(self.folder)):
+            return found
+        if overwrite:
+            self.is_replaced = True
+            return found
+        if name == "latest" and (results := results_in(self.folder)) and not was_interrupted(self.folder):
+            raise InputError(
+                f"{FLAG}=latest: {self.folder} holds no checkpoint but a result ({shown(results)}), which a run from "
+                "the start would replace; give another --output_dir, or --overwrite_output_dir to remove it"
+            )
+        if name == "latest":
+            return None
+        if standing := self.all():
             raise InputError(
                 f"--output_dir={self.folder}: holds {standing[-1].name} of another run; add {FLAG}=latest to go on, "
                 "--overwrite_output_dir to remove it, or give another folder"
             )
-        return None
+        if results := standing_in(self.folder):
+            raise InputError(
+                f"--output_dir={self.folder}: holds what another run has left ({shown(results)}); give another "
+                "folder, or --overwrite_output_dir to remove it"
+            )
+        return found
 
     def find(self, name: str) -> Path | None:
         """The checkpoint meant by a path, a bare name, or `latest`, the newest intact one (None if there is none).
@@ -143,6 +174,11 @@ class Checkpoints:
         return path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """By its name."""
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
 def step_of(path: Path) -> int:
     """The N of checkpoint-N."""
     return int(path.name.rpartition("-")[2])
@@ -154,8 +190,10 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
     size: bytes that this takes, about; without room for them nothing is begun.
 
     Raises:
-        SaveError: it cannot be written.
+        SaveError: it cannot be written, or holds what this has not put there.
     """
+    if path.exists() and not is_checkpoint(path) and (stranger := stranger_in(path)):
+        raise SaveError(f"{path} is not written: {stranger} stands there, which no run has put there; move it")
     free = shutil.disk_usage(_existing(path)).free
     if free < size:
         raise SaveError(f"{path} is not written: about {_shown(size)} are needed, {_shown(free)} are free on the disk")
@@ -265,6 +303,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
 
 
 def _shown(size: int) -> str:

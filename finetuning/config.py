@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .folders import absolute, expanded
 from .text_file import write
 
 C = TypeVar("C", bound="Config")
@@ -65,7 +66,8 @@ def setting(
         aliases: other names of the flag.
         may_change: a resumed run may have another value than its checkpoint.
         secret: never written to a file, a log or a tracker.
-        folder: "always" a local folder, or "perhaps", if it is there, and otherwise a name on the hub.
+        folder: "always" a local folder or file, or "perhaps", if it is there, and otherwise a name on the hub; or
+            "own", which the program makes and is meant from wherever it is started.
     """
     metadata = {
         "help": help,
@@ -136,9 +138,10 @@ class Config:
         """Write a YAML file that `--config` reads back, from any working directory. Secrets are left out."""
         values = self.as_dict()
         for _, field in fields_of(self):
-            kind, value = field.metadata["folder"], values.get(field.name)
-            if value is not None and (kind == "always" or (kind == "perhaps" and os.path.exists(value))):
-                values[field.name] = os.path.abspath(value)
+            if (kind := field.metadata["folder"]) and (value := values.get(field.name)) is not None:
+                values[field.name] = (
+                    [absolute(v, kind) for v in value] if isinstance(value, list) else absolute(value, kind)
+                )
         write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
@@ -240,10 +243,16 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
                 f"out of memory: {said}; use smaller batches or pictures, in training --train_batch_size with "
                 "--gradient_accumulation_steps, --gradient_checkpointing or --resolution"
             )
-    if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
+    if not _is_other_process():
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)
     return code
+
+
+def _is_other_process() -> bool:
+    """Whether this is one of several processes, and not the first, which alone speaks."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return rank.isdigit() and size.isdigit() and 0 < int(rank) < int(size)
 
 
 def show(value: Any) -> str:
@@ -312,7 +321,7 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(expanded(path)).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
@@ -357,7 +366,7 @@ def _as(kind: Any, value: Any) -> Any:
         if not value.is_integer():
             raise ValueError
         return int(value)
-    result = kind(value)
+    result = expanded(value) if kind is str and isinstance(value, str) else kind(value)
     if kind is float and not math.isfinite(result):
         raise ValueError
     return result
@@ -373,6 +382,8 @@ def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
             return f"{flag}: must be one of {', '.join(rules['choices'])}{_nearest(str(v), rules['choices'])}"
         if isinstance(v, str) and ("\0" in v or v.encode(errors="ignore").decode() != v):
             return f"--{field.name}={v!r}: holds what is no text in UTF-8"
+        if rules["folder"] and isinstance(v, str) and v.startswith("~") and not os.path.exists(v):
+            return f"{flag}: there is no such home folder; write the path out, or ./~… for a name that begins with ~"
         if isinstance(value, str) and not v.strip() and v != field.default:
             return f"{flag}: is empty, perhaps from a variable that is not set; a value is needed, or drop the flag"
         if rules["minimum"] is not None and v < rules["minimum"]:

@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from . import folders
+from .adapter_settings import AdapterSettings
 from .config import Config, Group, setting
 from .settings import (
-    AdapterSettings,
     AverageSettings,
     CheckpointSettings,
     DataSettings,
@@ -125,6 +126,24 @@ class ControlDataSettings(DataSettings):
         return os.path.abspath(self.dataset_name) if is_local else self.dataset_name
 
     @property
+    def picture_folders(self) -> dict[str, str | None]:
+        """Folders of --train_data_dir and what belongs to it, by flag."""
+        return {
+            "--train_data_dir": self.train_data_dir,
+            "--conditioning_data_dir": self.conditioning_data_dir,
+            "--held_out_data_dir": self.held_out_data_dir,
+        }
+
+    @property
+    def folders(self) -> dict[str, str | None]:
+        """Everything that may be a local folder, by flag."""
+        return {
+            **self.picture_folders,
+            "--dataset_name": None if self.is_toyworld else folders.local(self.dataset_name),
+            "--segmentation_model": folders.local(self.segmentation_model),
+        }
+
+    @property
     def control_kind(self) -> str | None:
         """What the controls are; None = the data's own, whatever they show."""
         return self.conditioning or ("edges" if self.is_toyworld else None)
@@ -139,6 +158,7 @@ class ControlDataSettings(DataSettings):
             given = "both" if self.dataset_name else "neither"
             yield f"--dataset_name and --train_data_dir: {given} given; choose one, e.g. --dataset_name=toyworld"
         yield from self._without_effect()
+        yield from folders.same_faults(self.picture_folders, "where others are needed; give another folder")
         if self.conditioning == "mask" and not self.is_toyworld and self.segmentation_model is None:
             yield "--conditioning=mask: needs --segmentation_model, the network that finds the segments"
         if self.conditioning == "edges" and not self.is_toyworld:
@@ -178,7 +198,7 @@ class ControlValidationSettings(ValidationSettings):
 
     validation_image: list[str] = setting(
         [], "Controls to draw by, one for each --validation_prompt or one for all. None given = held-out ones.",
-        may_change=True,
+        may_change=True, folder="always",
     )  # fmt: skip
     controlnet_conditioning_scale: float = setting(
         1.0, "Strength of the control in pictures.", minimum=0, may_change=True
@@ -226,3 +246,5 @@ class ControlNetConfig(Config):
                 f"--controlnet_model_name_or_path={name}: with --use_boft or --use_lora the control is light; add "
                 "--controlnet=full or drop this"
             )
+        inputs = {**self.model.folders, **self.data.folders, "--controlnet_model_name_or_path": folders.local(name)}
+        yield from folders.overlap_faults("--output_dir", self.checkpoints.output_dir, inputs)

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from .config import Config, InputError, read_config, run_command
+from .processes import MPI
 
-MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SECONDS_TO_SAVE = "600"  # after a signal, until processes that still run are killed
 
 

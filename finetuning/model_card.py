@@ -137,11 +137,18 @@ def scores_section(run: Path) -> str:
 
 
 def licence_of(base: str) -> str | None:
-    """The licence of a base model in the hub's words, by its own card or by what is known; None = neither says."""
-    card = Path(base) / CARD
-    if card.is_file() and (front := re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)):
-        return (yaml.safe_load(front[1]) or {}).get("license")
-    return LICENCES.get(base)
+    """The licence of a base model in the hub's words, by its own card or by what is known; None = neither says.
+
+    A card that cannot be read says nothing: others write it, and by now a run has been trained.
+    """
+    try:
+        text = (Path(base) / CARD).read_text(encoding="utf-8-sig")  # reads all kinds of line ends as one
+        front = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", text, re.DOTALL)
+        values = yaml.safe_load(front[1]) if front else None
+    except Exception:
+        values = None
+    licence = values.get("license") if isinstance(values, dict) else None
+    return licence if isinstance(licence, str) and licence.strip() else LICENCES.get(base)
 
 
 def _is_local(base: str) -> bool:

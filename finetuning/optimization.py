@@ -8,6 +8,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .config import InputError
 
+RATE = "rate"  # key of a parameter group: what its learning rate is called in the log
+
 
 def make_optimizer(
     groups: list[dict], *, betas: tuple[float, float], epsilon: float, eight_bit: bool = False
@@ -47,3 +49,11 @@ def make_schedule(
         num_cycles=cycles,
         power=power,
     )
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rates of the next step by the names under which they are logged: `learning_rate` is --learning_rate's."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rates.setdefault(group.get(RATE, "learning_rate"), group["lr"])
+    return rates

@@ -56,9 +56,12 @@ def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, see
             "--num_class_images=%d: too few for the last %d of --class_prompt", settings.num_class_images, len(unused)
         )
     own = class_images.own_images(folder, settings.class_prompt)
-    if len(own) < settings.num_class_images:
+    count = settings.num_class_images - len(own)
+    if count > 0:
         class_images.check_record(folder, class_image_record(settings, sampler, fingerprint, seed))
-    ImageStream("class", own, Transform(sampler.resolution), seed).check()
+    generated = class_images.generated_examples(folder, max(count, 0), settings.class_prompt)
+    there = [*own, *(example for example in generated if example.path.exists())]
+    ImageStream("class", there, Transform(sampler.resolution), seed).check()
 
 
 def class_image_record(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> dict:

@@ -34,7 +34,12 @@ CHARTS: dict[str, tuple[str, ...]] = {  # title to the metrics drawn together
     "Training loss": ("loss", "instance_loss", "prior_loss"),
     "Held-out loss": ("held_out_loss", "held_out_instance_loss", "held_out_prior_loss"),
     "Scores": ("subject", "subject_new", "category", "context", "leak", "others", "drift"),
-    "Learning rate": ("learning_rate",),
+    "Learning rate": (
+        "learning_rate",
+        "learning_rate_scale",
+        "learning_rate_hint_encoder",
+        "learning_rate_controlnet",
+    ),
     "Gradient norm": ("gradient_norm",),
     "Mean rotation in degrees": ("rotation_degrees",),
     "Images a second": ("images_per_second",),

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from . import environment, text_file
 from .allocator import keep_freed_memory
 from .config import Config, InputError, RunError
 from .picture import save_picture
+from .processes import LAUNCH, check_accumulation, check_engine, check_gpus, precision, processes_asked
 from .randomness import seed_modules
 from .trackers import TensorBoard, WandB
 
@@ -43,32 +43,30 @@ class Run:
 
     Args:
         seed: decides everything that is random; accumulation: batches of one process in an optimizer step.
-        mixed_precision: no, bf16 or fp16; allow_tf32: TF32 matrix products on GPUs that have them.
+        mixed_precision: no, bf16 or fp16; None = what accelerate is configured for.
+        allow_tf32: TF32 matrix products on GPUs that have them.
+
+    Attributes:
+        mixed_precision: no, bf16 or fp16, as it was found to be.
 
     Raises:
-        InputError: a precision that the device lacks, or an engine that is not supported.
+        InputError: a precision that the device lacks, an engine that is not supported, or processes that were started
+            and cannot be joined.
     """
 
-    def __init__(self, *, seed: int, accumulation: int = 1, mixed_precision: str = "no", allow_tf32: bool = False):
-        if mixed_precision == "fp16" and not torch.cuda.is_available():
+    def __init__(
+        self, *, seed: int, accumulation: int = 1, mixed_precision: str | None = None, allow_tf32: bool = False
+    ):
+        self.mixed_precision = precision(os.environ, mixed_precision)
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise InputError("--mixed_precision=fp16: needs a CUDA GPU; use bf16 or no")
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=accumulation,
-            mixed_precision=mixed_precision,
-            step_scheduler_with_optimizer=False,
-        )
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise InputError(
-                f"accelerate's {self.accelerator.distributed_type.value} is not supported: adapters are small, and "
-                "plain processes (DDP) share the work; choose MULTI_GPU in `accelerate config` or accelerate launch "
-                "--multi_gpu"
-            )
+        self.accelerator = join_processes(accumulation, self.mixed_precision)
         if allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.seed, self.accumulation = seed, accumulation
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
-        self.dtype = DTYPES[mixed_precision]
+        self.dtype = DTYPES[self.mixed_precision]
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -81,6 +79,11 @@ class Run:
         logging.basicConfig(level=logging.INFO if self.is_main else logging.ERROR, format="%(message)s")
         for name in ("httpx", "accelerate", "PIL", "matplotlib"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        if mixed_precision is None and self.mixed_precision != "no":
+            self.say(
+                f"mixed precision {self.mixed_precision}, for which accelerate is configured; --mixed_precision "
+                "overrides it"
+            )
 
     # The folder and the trackers
 
@@ -279,6 +282,37 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
+    """accelerate's view of the processes that a launcher has started: all of them, or an error.
+
+    Raises:
+        InputError: as processes.py; or the processes cannot be joined.
+    """
+    check_engine(os.environ)
+    check_accumulation(os.environ, accumulation)
+    asked = processes_asked(os.environ)
+    check_gpus(os.environ, torch.cuda.device_count())
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=accumulation,
+            mixed_precision=mixed_precision,
+            step_scheduler_with_optimizer=False,
+            cpu=asked > 1 and not torch.cuda.is_available(),  # else it would be alone: it joins CPUs only when told to
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        if asked == 1:
+            raise
+        raise InputError(
+            f"WORLD_SIZE={asked}: the processes cannot be joined ({error}); start them with {LAUNCH}"
+        ) from error
+    if accelerator.num_processes != asked:
+        raise InputError(
+            f"WORLD_SIZE={asked}: accelerate has joined {accelerator.num_processes} of {asked} processes; start them "
+            f"with {LAUNCH}"
+        )
+    return accelerator
 
 
 def check_writable(folder: Path, flag: str) -> None:

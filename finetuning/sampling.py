@@ -12,6 +12,7 @@ from PIL import Image
 from .control_pipeline import control_pipeline
 from .dataset import to_image
 from .randomness import normal
+from .schedulers import noise_generators, seed_noise
 from .stable_diffusion import StableDiffusion
 
 
@@ -46,7 +47,8 @@ class Sampler:
     def __call__(
         self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
     ) -> list[Image.Image]:
-        """One picture a prompt. The noise that picture i starts from depends on (seed, keys[i]) alone.
+        """One picture a prompt. The noise that picture i starts from, and that a sampler adds on the way, depends on
+        (seed, keys[i]) alone.
 
         conditions: with `control`, one for each prompt, (N, channels, resolution, resolution) in [0, 1].
         """
@@ -70,12 +72,14 @@ class Sampler:
                         "image": conditions[part].to(device),
                         "controlnet_conditioning_scale": self.control_scale,
                     }
+                seed_noise(pipeline.scheduler, seed, keys[part])
                 latents = pipeline(
                     prompt=chunk,
                     negative_prompt=[""] * len(chunk),
                     latents=noise.to(device, self.base.text_encoder.dtype),
                     num_inference_steps=self.steps,
                     guidance_scale=self.guidance_scale,
+                    generator=noise_generators(seed, keys[part]),
                     output_type="latent",
                     **control,
                 ).images

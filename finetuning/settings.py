@@ -6,13 +6,13 @@ Library functions take plain values; only the two scripts, the builders and this
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import folders
+from .adapter_settings import AdapterSettings, DreamBoothAdapterSettings
 from .config import Config, Group, setting, show
 
 EMBEDDED_BASE = str(Path(__file__).resolve().parent.parent / "data" / "toyworld" / "base")
@@ -43,14 +43,23 @@ class ModelSettings(Group):
     tokenizer_name: str | None = setting(
         None, "Another tokenizer's folder or name. None = the model's own.", folder="perhaps"
     )
-    mixed_precision: str = setting(
-        "no",
-        "Precision of the frozen parts and of the arithmetic; what is trained stays float32.",
+    mixed_precision: str | None = setting(
+        None,
+        "Precision of the frozen parts and of the arithmetic; what is trained stays float32. None = what accelerate "
+        "is configured for, else no.",
         choices=("no", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
     enable_xformers_memory_efficient_attention: bool = setting(False, "Attention by xformers (a GPU is needed).")
     allow_tf32: bool = setting(False, "TF32 matrix products on Ampere GPUs and later.")
+
+    @property
+    def folders(self) -> dict[str, str | None]:
+        """Where they may be local folders, by flag."""
+        return {
+            "--pretrained_model_name_or_path": folders.local(self.pretrained_model_name_or_path),
+            "--tokenizer_name": folders.local(self.tokenizer_name),
+        }
 
 
 @dataclass
@@ -159,62 +168,6 @@ class PriorSettings(Group):
 
 
 @dataclass
-class AdapterSettings(Group):
-    """What is trained: BOFT, LoRA, or without either the whole model"""
-
-    use_boft: bool = setting(False, "Orthogonal butterfly fine-tuning.")
-    boft_block_size: int | None = setting(None, "Features in a block, b. None or 0 = by --boft_block_num.", minimum=0)
-    boft_block_num: int | None = setting(None, "Blocks a layer. None or 0 = by --boft_block_size.", minimum=0)
-    boft_n_butterfly_factor: int = setting(1, "Butterfly factors, m. 1 = a block-diagonal rotation.", minimum=1)
-    boft_dropout: float = setting(0.0, "Probability that a block's rotation is dropped.", minimum=0, maximum=0.99)
-    boft_bias: str = setting("none", "Biases that are trained too.", choices=("none", "all", "boft_only"))
-    boft_scale_learning_rate: float | None = setting(
-        None, "Rate of the scale s. 0 = s stays 1, a pure rotation; None = --learning_rate.", minimum=0
-    )
-    boft_target_modules: list[str] = setting(
-        ["attention"],
-        "Layers of the UNet: a preset (attention, attention+feed-forward, transformer = also the projections "
-        "around it, all = also the convolutions of the residual blocks) or endings of module names.",
-    )
-    use_lora: bool = setting(False, "Low-rank adaptation (peft).")
-    rank: int = setting(8, "Rank of LoRA.", minimum=1)
-    lora_alpha: float | None = setting(None, "LoRA's alpha. None = the rank.", above=0)
-    lora_dropout: float = setting(0.0, "Dropout before LoRA's first matrix.", minimum=0, maximum=0.99)
-    lora_target_modules: list[str] = setting(["attention"], "As --boft_target_modules, for LoRA.")
-
-    @property
-    def kind(self) -> str:
-        return "boft" if self.use_boft else "lora" if self.use_lora else "full"
-
-    def faults(self) -> Iterator[str]:
-        if self.use_boft and self.use_lora:
-            yield "--use_boft and --use_lora: choose one"
-        if not self.use_boft:
-            yield from self._without_effect(("boft_", "--use_boft"))
-        if not self.use_lora:
-            yield from self._without_effect(("lora_", "--use_lora"), ("rank", "--use_lora"))
-        if self.use_boft and self.boft_block_size and self.boft_block_num:
-            yield (
-                f"--boft_block_size={self.boft_block_size} and --boft_block_num={self.boft_block_num}: "
-                "one follows from the other; give one and leave the other 0"
-            )
-
-    def _without_effect(self, *families: tuple[str, str]) -> Iterator[str]:
-        defaults = type(self)()
-        for prefix, flag in families:
-            for name, value in vars(self).items():
-                if name.startswith(prefix) and value != getattr(defaults, name):
-                    yield f"--{name}={value}: has no effect without {flag}; add it or drop this flag"
-
-
-@dataclass
-class DreamBoothAdapterSettings(AdapterSettings):
-    """What is trained: BOFT, LoRA, or without either the whole model"""
-
-    train_text_encoder: bool = setting(False, "Train the text encoder too, in the same manner as the UNet.")
-
-
-@dataclass
 class OptimizationSettings(Group):
     """Optimization"""
 
@@ -282,7 +235,9 @@ class ObjectiveSettings(Group):
 class CheckpointSettings(Group):
     """Output and checkpoints"""
 
-    output_dir: str = setting("data/output/run", "Folder of everything that the run writes.", may_change=True)
+    output_dir: str = setting(
+        "data/output/run", "Folder of everything that the run writes.", may_change=True, folder="own"
+    )
     overwrite_output_dir: bool = setting(
         False, "Start anew where checkpoints of another run stand, and remove them.", may_change=True
     )
@@ -396,14 +351,13 @@ class DreamBoothConfig(Config):
     def faults(self) -> Iterator[str]:
         if self.data.pre_compute_text_embeddings and self.adapter.train_text_encoder:
             yield "--pre_compute_text_embeddings: impossible with --train_text_encoder, which changes them; drop one"
-        folders = {
+        model = self.model.folders
+        photos = {
             "--instance_data_dir": self.subject.instance_data_dir,
-            "--class_data_dir": self.prior.class_data_dir,
-            "--output_dir": self.checkpoints.output_dir,
+            "--held_out_data_dir": self.subject.held_out_data_dir,
         }
-        for (flag, folder), (other_flag, other) in itertools.combinations(folders.items(), 2):
-            if folder is not None and other is not None and os.path.realpath(folder) == os.path.realpath(other):
-                yield (
-                    f"{other_flag}={other}: is {flag} too, among whose pictures the trainer would put its own; give "
-                    "another folder"
-                )
+        classes = {"--class_data_dir": self.prior.class_data_dir}
+        yield from folders.overlap_faults("--output_dir", self.checkpoints.output_dir, {**model, **photos, **classes})
+        if self.prior.class_data_dir is not None:
+            yield from folders.overlap_faults("--class_data_dir", self.prior.class_data_dir, model)
+        yield from folders.same_faults({**photos, **classes}, "where others are needed; give another folder")

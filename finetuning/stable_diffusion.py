@@ -29,10 +29,12 @@ from diffusers import (  # noqa: E402
 from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
+from .base_layout import foreign_unet, variant_hint  # noqa: E402
 from .config import InputError  # noqa: E402
 from .family import Condition  # noqa: E402
 from .frame import Frame  # noqa: E402
 from .process import Diffusion  # noqa: E402
+from .schedulers import check_kind, scheduler_class  # noqa: E402
 from .unet_layers import UNET_PRESETS  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of casts that are meant
@@ -227,6 +229,7 @@ def load_stable_diffusion(
     with _explained(name, revision, variant):
         config = DiffusionPipeline.load_config(name, **options)
     _check_layout(name, config)
+    sampler = scheduler_class(f"{FLAG}={name}", config)
     with _explained(name, revision, variant):
         text_encoder, loading = CLIPTextModel.from_pretrained(
             name,
@@ -247,7 +250,7 @@ def load_stable_diffusion(
             text_encoder=text_encoder,
             vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
             unet=UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights),
-            scheduler=_scheduler_class(config).from_pretrained(name, subfolder="scheduler", **options),
+            scheduler=sampler.from_pretrained(name, subfolder="scheduler", **options),
             noise_schedule=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
         )
     positions, vocabulary = base.text_encoder.config.max_position_embeddings, base.text_encoder.config.vocab_size
@@ -257,6 +260,10 @@ def load_stable_diffusion(
             f"{flag}: no tokenizer of this text encoder, which reads {positions} tokens out of {vocabulary}; is it "
             "complete?"
         )
+    check_kind(f"{FLAG}={name}", base.scheduler)
+    width = base.text_encoder.config.hidden_size
+    if foreign := foreign_unet(base.unet.config, base.vae.config.latent_channels, width):
+        raise InputError(f"{FLAG}={name}: {foreign}; give a Stable Diffusion 1.x or 2.x that draws from prompts alone")
     if base.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(
             f"{FLAG}={name}: prediction type {base.prediction_type}; epsilon and v_prediction can be trained"
@@ -285,10 +292,6 @@ def choose_attention(unet: UNet2DConditionModel, device: torch.device, xformers:
         unet.set_attn_processor(AttnProcessor())
 
 
-def _scheduler_class(config: dict) -> type[SchedulerMixin]:
-    return getattr(diffusers, config["scheduler"][1])
-
-
 def _check_name(name: str) -> None:
     if name in MIRRORS and not Path(name).exists():
         raise InputError(f"{FLAG}={name}: was removed from the hub; its mirror is {MIRRORS[name]}")
@@ -307,7 +310,7 @@ def _check_layout(name: str, config: dict) -> None:
         raise InputError(
             f"{FLAG}={name}: is a {config.get('_class_name')}; Stable Diffusion 1.x and 2.x can be trained"
         )
-    missing = [part for part in PARTS if part not in config]
+    missing = [part for part in PARTS if config.get(part) in (None, [None, None])]
     if Path(name).is_dir():
         missing += [part for part in PARTS if part not in missing and not (Path(name) / part).is_dir()]
     if missing:
@@ -322,10 +325,13 @@ def _explained(name: str, revision: str | None, variant: str | None):
     except Exception as error:
         text = " ".join(str(error).split())
         if not Path(name).exists():
+            files = "" if variant else ", the files (if they are fp16 only, add --variant=fp16)"
             raise InputError(
-                f"{FLAG}={name}: not loaded from the hub (revision {revision or 'main'}); check the name and the "
-                f"network, or give a local folder. The library says: {text[:300]}"
+                f"{FLAG}={name}: not loaded from the hub (revision {revision or 'main'}); check the name{files} and "
+                f"the network, or give a local folder. The library says: {text[:300]}"
             ) from error
+        if told := variant_hint(Path(name), ("text_encoder", "vae", "unet"), variant):
+            raise InputError(f"{FLAG}={name}: {told}") from error
         hint = f", variant {variant}" if variant else ""
         raise InputError(
             f"{FLAG}={name}{hint}: cannot be loaded; is it complete? The library says: {text[:300]}"

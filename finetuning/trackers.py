@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,7 @@ logger = logging.getLogger(__name__)
 
 class TensorBoard:
     def __init__(self, folder: Path, configuration: dict[str, Any], first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder, purge_step=first_step + 1)  # a resumed run replaces what came after
+        self.writer = _summary_writer()(folder, purge_step=first_step + 1)  # a resumed run replaces what came after
         self.writer.add_text("configuration", "\n".join(f"    {k}: {v}" for k, v in configuration.items()), first_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -59,15 +58,39 @@ def tracker_names(report_to: str) -> list[str]:
     """The trackers meant by --report_to.
 
     Raises:
-        InputError: one is not installed.
+        InputError: one is not installed, or cannot be imported.
     """
     names = {"none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [report_to])
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name is a package, too, of nothing
             raise InputError(
                 f"--report_to={report_to}: {name} is not installed; pip install {name} or --report_to=none"
             )
+        try:
+            TRACKERS[name]()
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--report_to={report_to}: {name} ({spec.origin}) cannot be used ({text}); pip install {name}, remove "
+                "what is in its place, or --report_to=none"
+            ) from error
     return names
+
+
+def _summary_writer() -> type:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter
+
+
+def _wandb_init() -> Callable:
+    import wandb
+
+    return wandb.init
+
+
+TRACKERS = {"tensorboard": _summary_writer, "wandb": _wandb_init}
 
 
 def start_trackers(

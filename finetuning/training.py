@@ -21,6 +21,7 @@ from .clock import Clock
 from .dataset import Batch, Batches
 from .encoding import Encoding
 from .family import Family
+from .optimization import learning_rates
 from .run import Run
 from .sampling import evaluating
 from .state import TrainingState
@@ -184,7 +185,7 @@ class Training:
 
     def step(self) -> None:
         """Clip the gradients, change the weights, move the learning rates, and log the step."""
-        rates = {"learning_rate": self.schedule.get_last_lr()[0]}
+        rates = learning_rates(self.optimizer)
         with self.clock.phase("optimizer"):
             norm = self.run.clip_gradients(self.optimizer, self.max_grad_norm)
             self.optimizer.step()

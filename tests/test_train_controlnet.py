@@ -58,6 +58,11 @@ def test_what_a_light_run_leaves(finished):
     assert [line["step"] for line in lines if "edge_f1" in line] == [0, 4]
     assert {"held_out_loss", "edge_f1", "edge_iou"} <= lines[0].keys()
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    linear = np.array([1, 0.75, 0.5, 0.25])
+    rates = {name: [line[name] for line in lines if "loss" in line] for name in lines[1] if "learning_rate" in name}
+    assert rates.keys() == {"learning_rate", "learning_rate_hint_encoder"}
+    np.testing.assert_allclose(rates["learning_rate"], 1e-2 * linear)
+    np.testing.assert_allclose(rates["learning_rate_hint_encoder"], 1e-3 * linear)
     early, late = (control_weights(output / name) for name in ("checkpoint-2", "checkpoint-4"))
     assert_same(late, control_weights(output))
     for part in ("unet", "hint_encoder"):
@@ -171,7 +176,7 @@ def test_the_toy_world_is_no_folder(tmp_path, monkeypatch):
     config = read_config(ControlNetConfig, ["--dataset_name=toyworld", "--max_train_steps=1"])
     config.with_values(dataset_name=config.data.dataset_place).save(tmp_path / "config.yaml")
     assert read_config(ControlNetConfig, [f"--config={tmp_path / 'config.yaml'}"]).data.is_toyworld
-    local = read_config(ControlNetConfig, ["--dataset_name=data", "--max_train_steps=1"])
+    local = read_config(ControlNetConfig, ["--dataset_name=data", "--max_train_steps=1", "--output_dir=run"])
     assert Path(local.data.dataset_place).is_absolute()
 
 

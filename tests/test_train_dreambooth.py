@@ -203,6 +203,15 @@ def test_the_schedule_reaches_its_end_under_accumulation(toy_base, photos, tmp_p
     assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
+def test_each_rate_is_logged_under_its_own_name(toy_base, photos, tmp_path):
+    more = ["--boft_scale_learning_rate=1e-3", "--max_train_steps=1"]
+    assert run(*flags(toy_base, photos, tmp_path / "output", *more)) == 0
+    (line,) = metrics(tmp_path / "output")
+    assert {name: line[name] for name in line if "learning_rate" in name} == {
+        "learning_rate": 1e-2, "learning_rate_scale": 1e-3,
+    }  # fmt: skip
+
+
 def test_training_binds_the_photos(toy_base, photos, tmp_path):
     more = ["--max_train_steps=40", "--validation_steps=1", "--learning_rate=2e-2"]
     assert run(*flags(toy_base, photos, tmp_path / "output", *more, adapter=FULL)) == 0

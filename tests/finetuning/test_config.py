@@ -145,3 +145,12 @@ def test_exit_codes(capsys):
 
     assert run_command(interrupt, []) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_the_block_size_that_is_used_is_the_one_that_is_recorded():
+    """8 if neither size nor number is given; the number alone leaves it open."""
+    sizes = {flags: read("--use_boft", *flags).adapter.boft_block_size for flags in (
+        (), ("--boft_block_size=0",), ("--boft_block_size=4",), ("--boft_block_num=2",),
+    )}  # fmt: skip
+    assert list(sizes.values()) == [8, 8, 4, None]
+    assert read("--use_lora").adapter.boft_block_size is None and read().as_dict()["boft_block_size"] is None

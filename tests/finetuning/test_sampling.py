@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import draw_photo
 from PIL import Image
 
+from finetuning.config import InputError
+from finetuning.control import make_light
 from finetuning.dataset import Batch
 from finetuning.encoding import Encoding
 from finetuning.picture import grid, save_picture
 from finetuning.sampling import Sampler, evaluating
+from finetuning.schedulers import check_steps
 from finetuning.stable_diffusion import load_stable_diffusion
 
 
@@ -97,3 +103,51 @@ def test_a_grid_keeps_every_image_in_its_place(tmp_path):
 def test_a_grid_of_large_images_does_not_grow_them():
     picture = grid([[draw_photo(0, (300, 300))]])
     assert 300 <= picture.width < 400
+
+
+STOCHASTIC = {
+    "EulerAncestralDiscreteScheduler": {},
+    "DDPMScheduler": {},
+    "KDPM2AncestralDiscreteScheduler": {},
+    "LCMScheduler": {},
+    "TCDScheduler": {},
+    "SASolverScheduler": {},
+    "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
+}
+
+
+@pytest.mark.parametrize("name", [*STOCHASTIC, "controlled"])
+def test_the_noise_of_samplers_depends_on_seed_and_key_alone(name, base):
+    """Whatever the batch, and whatever else has drawn from torch's own generator."""
+    is_controlled = name == "controlled"
+    kind = getattr(diffusers, "EulerAncestralDiscreteScheduler" if is_controlled else name)
+    ours = replace(base, scheduler=kind.from_config({**base.scheduler.config, **STOCHASTIC.get(name, {})}))
+    sampler, conditions = Sampler(ours, resolution=16, steps=4, guidance_scale=3, batch_size=3), None
+    if is_controlled:
+        sampler, conditions = sampler.controlled(make_light(base.unet, 2, 3)), torch.rand(3, 3, 16, 16)
+    prompts, keys = ["a red mug", "a dog", "a mug in the snow"], ["a", "b", "c"]
+    torch.manual_seed(0)
+    together = arrays(sampler(prompts, 0, keys, conditions))
+    sampler.batch_size = 1
+
+    def alone(i: int, seed: int) -> np.ndarray:
+        part = slice(i, i + 1)
+        return arrays(sampler(prompts[part], seed, keys[part], None if conditions is None else conditions[part]))[0]
+
+    for i in (2, 0, 1):
+        assert abs(together[i] - alone(i, 0)).max() <= 1
+    assert abs(together[0] - alone(0, 1)).max() > 1, "another seed, another picture"
+
+
+def test_a_sampler_whose_noise_cannot_be_seeded_is_refused(base):
+    class OwnNoise(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, return_dict=True):
+            noise = torch.randn_like(sample)
+            return (super().step(model_output, timestep, sample, return_dict=False)[0] + noise,)
+
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match="draws noise that does not follow from --seed"):
+        check_steps(OwnNoise.from_config(base.scheduler.config), 3)
+    for kind in (diffusers.DDIMScheduler, diffusers.EulerAncestralDiscreteScheduler):
+        check_steps(kind.from_config(base.scheduler.config), 3)
+    assert torch.equal(torch.get_rng_state(), state)
