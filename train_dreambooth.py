@@ -39,6 +39,7 @@ from finetuning.builders import (
     build_sampler,
     build_trackers,
 )
+from finetuning.captions import read_prompt
 from finetuning.checkpoint import Checkpoints, write_folder, write_pipeline
 from finetuning.config import InputError, read_config, run_command
 from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
@@ -169,6 +170,7 @@ class DreamBooth:
         self.base = build_base(config.model, config.objective, self.run)
         self.config = config = config.with_values(
             resolution=self.base.check_resolution(config.data.resolution),
+            instance_prompt=read_prompt(config.subject.instance_prompt, "--instance_prompt"),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
             base_prompt=read_prompts(config.validation.base_prompt, "--base_prompt"),
@@ -184,8 +186,9 @@ class DreamBooth:
         self.photos = self.held_out_photos = self.photo_stream(subject.instance_data_dir, "--instance_data_dir")
         if subject.held_out_data_dir is not None:
             self.held_out_photos = self.photo_stream(subject.held_out_data_dir, "--held_out_data_dir")
+        examples = [*self.photos.examples, *self.held_out_photos.examples]
         for flag, prompts in {
-            "--instance_prompt": [e.prompt for e in (*self.photos.examples, *self.held_out_photos.examples)],
+            "--instance_prompt": [e.prompt for e in examples if not e.origin],
             "--class_prompt": prior.class_prompt,
             "--validation_prompt": validation.validation_prompt,
             "--base_prompt": validation.base_prompt,
@@ -194,7 +197,8 @@ class DreamBooth:
         if data.cache_latents and not self.photos.is_cacheable():
             raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
         if prior.uses_images:
-            check_prior(prior, self.class_sampler, fingerprint, self.seed)
+            examples += check_prior(prior, self.class_sampler, fingerprint, self.seed)
+        self.base.check_captions([(e.origin, e.prompt) for e in examples if e.origin], data.long_captions)
 
         # What is trained, and by what:
         self.teacher = None

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .text_file import write
+from . import text_file
 
 C = TypeVar("C", bound="Config")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -139,7 +139,7 @@ class Config:
             kind, value = field.metadata["folder"], values.get(field.name)
             if value is not None and (kind == "always" or (kind == "perhaps" and os.path.exists(value))):
                 values[field.name] = os.path.abspath(value)
-        write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        text_file.write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def groups_of(config: Config) -> list[Group]:
@@ -312,9 +312,9 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_file.read(path)
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
     except (yaml.YAMLError, RecursionError) as error:
         return {}, [f"--config={path}: not YAML ({' '.join(str(error).split())})"]

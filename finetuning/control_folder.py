@@ -137,14 +137,17 @@ class Files:
         """Raises InputError if it is no text or no file; names `where` it is asked for."""
         if not isinstance(name, str):
             raise InputError(f"{where}: {name!r} is no name of a file")
-        path = self.root / name
-        if not path.is_file():
-            path = self.root
-            for part in Path(name).parts:
-                path = path / part if (path / part).exists() else self._entry(path, part)
-        if not path.is_file():
-            raise InputError(f"{where}: {name} is not there")
-        return path
+        try:
+            path = self.root / name
+            if not path.is_file():
+                path = self.root
+                for part in Path(name).parts:
+                    path = path / part if (path / part).exists() else self._entry(path, part)
+            if path.is_file():
+                return path
+        except OSError as error:
+            raise InputError(f"{where}: {name} cannot be read ({error.strerror})") from None
+        raise InputError(f"{where}: {name} is not there")
 
     def _entry(self, folder: Path, name: str) -> Path:
         if folder not in self.listings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import struct
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ COMPANIONS = ("subject.json", "metadata.jsonl", "record.json")  # known to lie b
 SMALLEST_SIDE = 8
 SEQUENCES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # may hold several pictures; MPO's others show the same photo again
 ORIENTATION = 0x0112  # of EXIF
+SHORT = 3  # type of its value
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,7 +71,7 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
         files = [p for p in entries if p.is_file() or not p.exists()]  # or a link that leads nowhere
     except PermissionError:
         raise InputError(f"{flag}={folder}: may not be read; change its permissions") from None
-    images = [p for p in files if is_image_name(p)]
+    images = [p for p in files if is_image_file(p)]
     stems = {composed(p.stem) for p in images}
     captions = [p for p in files if p.suffix.lower() in CAPTION_SUFFIXES and composed(p.stem) in stems]
     known = {*images, *captions, *folders}
@@ -76,7 +79,7 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
     heic = f"; {HEIC_REMEDY}" if any(p.suffix.lower() in HEIC_SUFFIXES for p in files) else ""
     if strays:
         logger.warning("%s: skipped, not images: %s%s", folder, ", ".join(strays), heic)
-    if skipped := [p.name for p in folders if is_image_name(p) or _holds_images(p)]:
+    if skipped := [p.name for p in folders if p.suffix.lower() in IMAGE_SUFFIXES or _holds_images(p)]:
         logger.warning("%s: subfolders are not searched for images: %s", folder, ", ".join(skipped))
     if not images:
         found = f"; only its subfolders {', '.join(skipped)} do, give one of them" if skipped else ""
@@ -84,9 +87,10 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
     return images
 
 
-def is_image_name(path: Path) -> bool:
-    """Whether the name says that it is an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def is_image_file(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere, and is named as an image that is not hidden."""
+    is_named = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return is_named and (path.is_file() or not path.exists())
 
 
 def composed(name: str) -> str:
@@ -96,7 +100,7 @@ def composed(name: str) -> str:
 
 def _holds_images(folder: Path) -> bool:
     try:
-        return any(is_image_name(p) for p in folder.iterdir())
+        return any(is_image_file(p) for p in folder.iterdir())
     except OSError:
         return False
 
@@ -128,6 +132,7 @@ def read_picture(file: Path | BytesIO, name: str, kind: str = "image") -> Image.
     """
     with naming(name, kind, file), Image.open(file) as image:
         refuse_sequence(image, name)
+        _refuse_odd_grey(image, name)
         image.load()
         return upright(image)
 
@@ -140,6 +145,7 @@ def verify_picture(file: Path | BytesIO, name: str, kind: str = "image") -> tupl
     """
     with naming(name, kind, file), Image.open(file) as image:
         refuse_sequence(image, name)
+        _refuse_odd_grey(image, name)
         image.verify()
         return tuple(sorted(image.size))
 
@@ -168,13 +174,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """A copy that is turned as its EXIF says, whatever else is in that."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # EXIF that cannot be read says nothing; viewers of pictures do the same
-        turn = None
-    if turn is None:
+    if (turn := TURNS.get(_orientation(image))) is None:
         return image.copy()
     turned = image.transpose(turn)
     for place in EXIF_PLACES:  # it would be turned again by whoever looks there
@@ -208,6 +208,38 @@ def naming(name: str, kind: str = "image", file: Path | BytesIO | None = None) -
             raise InputError(f"{name}: not a readable {kind}: {HEIC_REMEDY}") from None
         said = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: not a readable {kind} ({said}); replace or remove it") from None
+
+
+def _orientation(image: Image.Image) -> object:
+    """1 to 8, or something else where none is known. Pillow reads no EXIF beyond a damaged entry, so look there first."""
+    data = image.info.get("exif")
+    data = data.removeprefix(b"Exif\0\0") if isinstance(data, bytes) else b""
+    order = {b"II": "<", b"MM": ">"}.get(data[:2])
+    try:
+        if order:
+            (start,) = struct.unpack_from(f"{order}4xI", data)
+            (count,) = struct.unpack_from(f"{order}H", data, start)
+            for entry in range(count):
+                tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, start + 2 + 12 * entry)
+                if (tag, kind) == (ORIENTATION, SHORT):
+                    return value
+    except struct.error:  # it ends early
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return image.getexif().get(ORIENTATION)
+    except Exception:  # EXIF that cannot be read says nothing; viewers of pictures do the same
+        return None
+
+
+def _refuse_odd_grey(image: Image.Image, name: str) -> None:
+    """Raises InputError for grey TIFFs that Pillow would show too dark or as their negative."""
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        bits, is_negative = image.tag_v2.get(BITS), image.tag_v2.get(PHOTOMETRIC) == 0
+        if bits != (16,) or is_negative:
+            odd = "with white as 0" if is_negative else f"of {' '.join(map(str, bits))} bits"
+            raise InputError(f"{name}: a grey TIFF {odd}; save it in 8 bits, or in 16 with black as 0")
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:

@@ -47,8 +47,8 @@ def build_prior_stream(
     return ImageStream("class", examples, photos.transform, seed)
 
 
-def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> None:
-    """Raises InputError if the folder of class images cannot be used as it is."""
+def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> list[Example]:
+    """The user's own images in the folder of class images. Raises InputError if that cannot be used as it is."""
     folder = Path(settings.class_data_dir)
     check_writable(folder, class_images.FLAG)
     if unused := settings.class_prompt[settings.num_class_images :]:
@@ -59,6 +59,7 @@ def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, see
     if len(own) < settings.num_class_images:
         class_images.check_record(folder, class_image_record(settings, sampler, fingerprint, seed))
     ImageStream("class", own, Transform(sampler.resolution), seed).check()
+    return own
 
 
 def class_image_record(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> dict:
