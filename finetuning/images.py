@@ -211,7 +211,7 @@ def naming(name: str, kind: str = "image", file: Path | BytesIO | None = None) -
 
 
 def _orientation(image: Image.Image) -> object:
-    """1 to 8, or something else where none is known. Pillow reads no EXIF beyond a damaged entry, so look there first."""
+    """1 to 8, or something else where none is known. Pillow does not read EXIF beyond a damaged entry: look first."""
     data = image.info.get("exif")
     data = data.removeprefix(b"Exif\0\0") if isinstance(data, bytes) else b""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
