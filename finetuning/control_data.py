@@ -23,7 +23,6 @@ from .randomness import derived_seed, generator, permutation
 logger = logging.getLogger(__name__)
 
 EVERY = 64  # samples that a fingerprint reads
-PIXELS_READ = 2e9  # before training: half a minute; 7,600 images of 512×512
 SHOWN = 20  # faults that are named at once
 
 
@@ -88,11 +87,12 @@ class ControlStream:
         is_map = is_label_map(condition) if self.is_label_map is None else self.is_label_map
         return image, bands, prompt, nearest(self.transform) if is_map else self.transform
 
-    def check(self, budget: float = PIXELS_READ) -> None:
+    def check(self, count: int = 500, pixels: float = 5e8) -> None:
         """Find faults of stored samples before training; of rendered ones, read one.
 
-        Samples are read until `budget` pixels have been decoded. Of those after them only headers are: the log says of
-        how many, because a file that is damaged further inside will be found when it is trained on.
+        The first `count` samples are read, and more until so many pixels have been decoded: 1,900 samples of 512×512,
+        some ten seconds. Of those after them only headers are: the log says of how many, because a file that is
+        damaged further inside is found when it is trained on.
 
         Raises:
             InputError: naming what is wrong, at most 20 and the number of others.
@@ -103,10 +103,10 @@ class ControlStream:
         faults, verified, indices = [], 0, self.chosen(self.size)
         for place, index in enumerate(indices):
             try:
-                if budget > 0:
+                if place < count or pixels > 0:
                     # A control that is made from the image is made once: a network would take long for all of them.
                     image = self.read(index)[0] if self.make is None or place == 0 else self.source[index][0]
-                    budget -= image.width * image.height
+                    pixels -= image.width * image.height
                 else:
                     verified += 1
                     self.source.verify(index)

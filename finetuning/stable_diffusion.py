@@ -140,6 +140,7 @@ class StableDiffusion:
         Raises:
             InputError: captions that are too long, unless they may be cut; says where they are, at most 20.
         """
+        captions = list(dict.fromkeys(captions))  # photos may be held out and trained on
         limit, lengths = self.tokenizer.model_max_length, self.too_long(text for _, text in captions)
         long = [(where, lengths[text]) for where, text in captions if text in lengths]
         if not long:

@@ -103,9 +103,9 @@ def test_a_fault_of_the_last_of_many_samples_is_found_before_training(tmp_path):
     os.truncate(folder / "599.png", 60)
     os.truncate(folder / "controls" / "550.png", 60)
     stream = folder_stream(folder)
-    for budget in (1e9, 64 * 100):  # read in full; from the 101st on by their headers
+    for pixels in (1e9, 64 * 100):  # read in full; from the 101st on by their headers
         with pytest.raises(InputError) as caught:
-            stream.check(budget)
+            stream.check(100, pixels)
         assert [fault.split(": ")[0] for fault in caught.value.faults] == [
             str(folder / "controls" / "550.png"), str(folder / "599.png"),
         ]  # fmt: skip
@@ -115,12 +115,12 @@ def test_what_was_only_looked_at_is_said(tmp_path, caplog):
     folder = control_folder(tmp_path / "data", 10, (8, 8))
     draw_photo(0, (8, 9)).save(folder / "controls" / "9.png")
     with pytest.raises(InputError, match=r"9\.png: the image has 8×8 pixels, its control .*controls/9\.png 8×9"):
-        folder_stream(folder).check(64 * 4)
+        folder_stream(folder).check(2, 64 * 4)
     draw_photo(0, (8, 8)).save(folder / "controls" / "9.png")
     with caplog.at_level(logging.INFO):
         folder_stream(folder).check()
         assert not caplog.text
-        folder_stream(folder).check(64 * 4)
+        folder_stream(folder).check(2, 64 * 4)
     assert "of 10 samples 4 were read before training, of the other 6 only the headers" in caplog.text
 
 
