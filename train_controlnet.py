@@ -112,6 +112,7 @@ class ControlNet:
         self.stream, self.held_out_stream = build_streams(data, channels, self.seed, Controls)
         self.stream.check()
         self.held_out_stream.check()
+        self.base.check_captions(self.stream.captions() + self.held_out_stream.captions(), data.long_captions)
         self.shown = None
         if validation.validation_image:
             self.base.check_prompts(validation.validation_prompt, "--validation_prompt")

@@ -29,6 +29,7 @@ import torch
 from finetuning.adapter import disabled
 from finetuning.before_after import Draw, before_and_after
 from finetuning.builders import begin, build_adapters, build_base, build_hub, build_run, build_sampler, build_training
+from finetuning.captions import read_prompt
 from finetuning.checkpoint import write_pipeline
 from finetuning.config import InputError, read_config, run_command
 from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
@@ -115,6 +116,7 @@ class DreamBooth:
         self.config = config = config.with_values(
             mixed_precision=self.run.mixed_precision,
             resolution=self.base.check_resolution(config.data.resolution),
+            instance_prompt=read_prompt(config.subject.instance_prompt, "--instance_prompt"),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
             base_prompt=read_prompts(config.validation.base_prompt, "--base_prompt"),
@@ -129,8 +131,9 @@ class DreamBooth:
         self.photos = self.held_out_photos = self.photo_stream(subject.instance_data_dir, "--instance_data_dir")
         if subject.held_out_data_dir is not None:
             self.held_out_photos = self.photo_stream(subject.held_out_data_dir, "--held_out_data_dir")
+        examples = [*self.photos.examples, *self.held_out_photos.examples]
         for flag, prompts in {
-            "--instance_prompt": [e.prompt for e in (*self.photos.examples, *self.held_out_photos.examples)],
+            "--instance_prompt": [e.prompt for e in examples if not e.origin],
             "--class_prompt": prior.class_prompt,
             "--validation_prompt": config.validation.validation_prompt,
             "--base_prompt": config.validation.base_prompt,
@@ -139,7 +142,8 @@ class DreamBooth:
         if data.cache_latents and not self.photos.is_cacheable():
             raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
         if prior.uses_images:
-            check_prior(prior, self.class_sampler, self.base.fingerprint, self.seed)
+            examples += check_prior(prior, self.class_sampler, self.base.fingerprint, self.seed)
+        self.base.check_captions([(e.origin, e.prompt) for e in examples if e.origin], data.long_captions)
 
         # What is trained, and where it begins:
         self.teacher = None

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import text_file
+from .captions import Example, find_examples
 from .config import InputError
-from .dataset import IMAGE_SUFFIXES, Example, find_examples
+from .images import is_image_file
 from .picture import save_picture
 from .sampling import Sampler
 
@@ -33,7 +34,7 @@ def own_images(folder: Path, prompts: Sequence[str]) -> list[Example]:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{FLAG}={folder}: is a file; give a folder")
-    if not folder.exists() or not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir()):
+    if not folder.exists() or not any(is_image_file(p) for p in folder.iterdir()):
         return []
     examples = [e for e in find_examples(folder, "", FLAG) if not _is_generated(e.path)]
     bare = [e.path.name for e in examples if not e.prompt]
@@ -42,7 +43,7 @@ def own_images(folder: Path, prompts: Sequence[str]) -> list[Example]:
             f"{FLAG}={folder}: {bare[0]} has no caption and --class_prompt gives {len(prompts)} prompts; "
             "write captions beside the images (name.txt) or give one prompt"
         )
-    return [Example(e.path, e.prompt or prompts[0]) for e in examples]
+    return [e if e.prompt else Example(e.path, prompts[0]) for e in examples]
 
 
 def missing_indices(folder: Path, count: int) -> list[int]:

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from . import text_file
 from .folders import absolute, expanded
-from .text_file import write
 
 C = TypeVar("C", bound="Config")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -142,7 +142,7 @@ class Config:
                 values[field.name] = (
                     [absolute(v, kind) for v in value] if isinstance(value, list) else absolute(value, kind)
                 )
-        write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        text_file.write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def groups_of(config: Config) -> list[Group]:
@@ -321,9 +321,9 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     try:
-        text = Path(expanded(path)).read_text(encoding="utf-8")
+        text = text_file.read(expanded(path))
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
     except (yaml.YAMLError, RecursionError) as error:
         return {}, [f"--config={path}: not YAML ({' '.join(str(error).split())})"]

@@ -19,8 +19,9 @@ from .control import PARTS, make_full, make_light, take_residuals
 from .control_conditions import canny, read_bands, stack
 from .control_data import ControlStream, carve
 from .control_evaluation import Detector, EdgeDetector, MaskDetector, load_segmenter
+from .control_folder import read_folder
 from .control_settings import MADE, RENDERED, ControlDataSettings, ControlNetConfig
-from .control_sources import Source, load_splits, open_condition, read_folder, read_split
+from .control_sources import Source, open_condition
 from .dataset import Transform
 from .stable_diffusion import StableDiffusion
 
@@ -151,6 +152,8 @@ def _sources(settings: ControlDataSettings, rendered: Rendered) -> tuple[Source,
         if settings.held_out_data_dir is None:
             return source, None
         return source, read_folder(settings.held_out_data_dir, flag="--held_out_data_dir", **options)
+    from .control_hub import load_splits, read_split  # imports `datasets`, which folders do without
+
     splits = load_splits(settings.dataset_name, settings.dataset_config_name)
     columns = {"image": settings.image_column, "condition": condition, "caption": settings.caption_column}
     source = read_split(splits, settings.train_split, flag="--train_split", **columns)

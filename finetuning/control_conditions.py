@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from .config import InputError
-from .dataset import Transform
+from .images import naming
 from .randomness import generator
+from .transform import Transform
 
 Bands = list[Image.Image]  # modes L or F, values 0..255, of one size
 
@@ -51,19 +52,20 @@ def read_bands(condition: object, channels: int, source: str) -> Bands:
     """A control image or array as so many bands; a single one is repeated three times for a control of three.
 
     Args:
-        condition: a file, an image, or an array (H, W) or (H, W, C), of bytes or of numbers in [0, 1].
+        condition: an image, or an array (H, W) or (H, W, C) of unsigned integers of 8 or 16 bits, of booleans, or of
+            floating-point numbers in [0, 1].
         source: names it in an error.
 
     Raises:
-        InputError: another number of channels, or not readable.
+        InputError: another number of channels, no or unknown range, or no numbers.
     """
     bands = _bands(condition, source)
     if len(bands) == 1 and channels == 3:
         return bands * 3
     if len(bands) != channels:
         raise InputError(
-            f"--conditioning_channels={channels}: the control {source} has {len(bands)} channels; give that number, "
-            "or other controls"
+            f"--conditioning_channels={channels}: {source} has {len(bands)} channels; give that number, or other "
+            "controls"
         )
     return bands
 
@@ -103,14 +105,32 @@ def _bands(condition: object, source: str) -> Bands:
         if condition.mode.startswith("I;16"):
             return [Image.fromarray(np.asarray(condition, np.float32) / 257)]
         if condition.mode in ("I", "F"):
-            raise InputError(f"{source}: mode {condition.mode} has no known range; save it in 8 or 16 bits")
-        return list(condition.convert("RGB").split())
-    array = np.asarray(condition)
-    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+            raise InputError(
+                f"{source}: mode {condition.mode}, numbers of 32 bits, has no known range; save it in 8 or 16 bits"
+            )
+        with naming(source, "control"):
+            return list(condition.convert("RGB").split())
+    array = _bytes(np.asarray(condition), source)
+    return [Image.fromarray(np.ascontiguousarray(array[..., c], np.float32)) for c in range(array.shape[-1])]
+
+
+def _bytes(array: np.ndarray, source: str) -> np.ndarray:
+    """Numbers of a known range as (H, W, C) in 0..255."""
+    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
         raise InputError(f"{source}: an array {array.shape} of {array.dtype}; give (H, W) or (H, W, C) numbers")
     array = array[..., None] if array.ndim == 2 else array
-    if array.dtype.kind == "f":
-        if array.min() < 0 or array.max() > 1:
-            raise InputError(f"{source}: numbers from {array.min():g} to {array.max():g}; must lie in [0, 1]")
-        array = array * 255
-    return [Image.fromarray(np.ascontiguousarray(array[..., c], np.float32)) for c in range(array.shape[-1])]
+    kind, width = array.dtype.kind, array.dtype.itemsize
+    if kind == "b":
+        return array * 255.0
+    if kind == "u" and width <= 2:
+        return array / 257 if width == 2 else array
+    if kind != "f":
+        raise InputError(
+            f"{source}: {array.dtype} from {array.min()} to {array.max()}, whose full range is unknown; save it as "
+            "uint8, uint16, bool, or floating-point numbers in [0, 1]"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(f"{source}: holds numbers that are not finite (NaN or infinity); must lie in [0, 1]")
+    if array.min() < 0 or array.max() > 1:
+        raise InputError(f"{source}: numbers from {array.min():g} to {array.max():g}; must lie in [0, 1]")
+    return array * 255

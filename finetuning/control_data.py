@@ -7,6 +7,7 @@ alike, and leaves some prompts empty. Positions and batches are those of dataset
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,11 +16,14 @@ from PIL import Image
 
 from .config import InputError
 from .control_conditions import Bands, is_label_map, nearest, read_bands, to_condition
-from .control_sources import Source
+from .control_sources import Source, sizes_fault
 from .dataset import Batch, Batches, Images, Transform, to_tensor
 from .randomness import derived_seed, generator, permutation
 
+logger = logging.getLogger(__name__)
+
 EVERY = 64  # samples that a fingerprint reads
+SHOWN = 20  # faults that are named at once
 
 
 @dataclass
@@ -76,27 +80,62 @@ class ControlStream:
         image, condition, prompt = self.source[index]
         if self.make is not None:
             condition = self.make(image)
-        bands = read_bands(condition, self.channels, f"of sample {index}")
+        name, control = self.names(index)
+        bands = read_bands(condition, self.channels, control)
         if bands[0].size != image.size:
-            (w, h), (v, u) = image.size, bands[0].size
-            raise InputError(f"sample {index}: the image has {w}×{h} pixels, its control {v}×{u}; make them the same")
+            raise InputError(sizes_fault(name, image.size, f"its control {control}", bands[0].size))
         is_map = is_label_map(condition) if self.is_label_map is None else self.is_label_map
         return image, bands, prompt, nearest(self.transform) if is_map else self.transform
 
-    def check(self, count: int = 500) -> None:
-        """Read samples, `count` at most, so that faults are found before training; one if they are rendered.
+    def check(self, count: int = 500, pixels: float = 5e8) -> None:
+        """Find faults of stored samples before training; of rendered ones, read one.
+
+        The first `count` samples are read, and more until so many pixels have been decoded: 1,900 samples of 512×512,
+        some ten seconds. Of those after them only headers are: the log says of how many, because a file that is
+        damaged further inside is found when it is trained on.
 
         Raises:
-            InputError: naming all that are wrong.
+            InputError: naming what is wrong, at most 20 and the number of others.
         """
-        faults = []
-        for index in self.chosen(1 if self.size is None else count):
+        if self.source.size is None:
+            self.read(self.chosen(1)[0])
+            return
+        faults, verified, indices = [], 0, self.chosen(self.size)
+        for place, index in enumerate(indices):
             try:
-                self.read(index)
+                if place < count or pixels > 0:
+                    # A control that is made from the image is made once: a network would take long for all of them.
+                    image = self.read(index)[0] if self.make is None or place == 0 else self.source[index][0]
+                    pixels -= image.width * image.height
+                else:
+                    verified += 1
+                    self.source.verify(index)
             except InputError as error:
                 faults += error.faults
         if faults:
-            raise InputError(*faults[:20])
+            more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+            raise InputError(*faults[:SHOWN], *more)
+        if verified:
+            logger.info(
+                "%s: of %d samples %d were read before training, of the other %d only the headers",
+                self.name, len(indices), len(indices) - verified, verified,
+            )  # fmt: skip
+
+    def names(self, index: int) -> tuple[str, str]:
+        """What an error calls the image and the control of a sample."""
+        if self.source.size is None:
+            return f"sample {index}", f"the control of sample {index}"
+        return self.source.names(index)
+
+    def captions(self) -> list[tuple[str, str]]:
+        """Where each caption is written, and the caption; of rendered samples, the first few.
+
+        Raises:
+            InputError: captions that are no text.
+        """
+        if self.source.size is None:
+            return [(f"sample {index}", self.source[index][2]) for index in self.chosen(EVERY)]
+        return self.source.captions(self.chosen(self.size))
 
     def chosen(self, count: int) -> list[int]:
         """The first samples, in the order of the source."""

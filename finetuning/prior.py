@@ -47,8 +47,8 @@ def build_prior_stream(
     return ImageStream("class", examples, photos.transform, seed)
 
 
-def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> None:
-    """Raises InputError if the folder of class images cannot be used as it is."""
+def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> list[Example]:
+    """The user's own images in the folder of class images. Raises InputError if that cannot be used as it is."""
     folder = Path(settings.class_data_dir)
     check_writable(folder, class_images.FLAG)
     if unused := settings.class_prompt[settings.num_class_images :]:
@@ -62,6 +62,7 @@ def check_prior(settings: PriorSettings, sampler: Sampler, fingerprint: str, see
     generated = class_images.generated_examples(folder, max(count, 0), settings.class_prompt)
     there = [*own, *(example for example in generated if example.path.exists())]
     ImageStream("class", there, Transform(sampler.resolution), seed).check()
+    return own
 
 
 def class_image_record(settings: PriorSettings, sampler: Sampler, fingerprint: str, seed: int) -> dict:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from . import text_file
 from .config import InputError
 
 LIVE = ("cat", "dog")  # classes that wear things
@@ -133,16 +134,15 @@ def read_templates(path: str, flag: str = "--prompts") -> list[str]:
         InputError: unreadable, empty, or a line without {}.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = text_file.lines(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{flag}={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not lines:
         raise InputError(f"{flag}={path}: holds no prompt; write one a line, e.g. a {{}} in the snow")
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         if line.count("{}") != 1 or line.count("{") != 1:
             raise InputError(
                 f"{flag}={path}, line {number}: {line!r} must have one {{}} where the subject stands, "
                 "e.g. a {} in the snow"
             )
-    return lines
+    return [line for _, line in lines]

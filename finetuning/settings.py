@@ -77,6 +77,12 @@ class DataSettings(Group):
     pre_compute_text_embeddings: bool | None = setting(
         None, "Encode each prompt once. None = unless the text encoder is trained.", may_change=True
     )
+    long_captions: str = setting(
+        "refuse",
+        "Captions of more tokens than the text encoder reads: refuse = an error; cut = what is beyond is not seen.",
+        choices=("refuse", "cut"),
+        may_change=True,
+    )
     dataloader_num_workers: int = setting(
         0,
         "Processes that read images, where latents are not cached. 0 = the trainer's own.",
@@ -103,7 +109,9 @@ class SubjectSettings(Group):
         folder="always",
     )
     instance_prompt: str | None = setting(
-        None, "Prompt that names the subject by a rare word, e.g. 'a photo of qwe mug'. A caption overrides it."
+        None,
+        "Prompt that names the subject by a rare word, e.g. 'a photo of qwe mug', or a .txt file that holds one. A "
+        "caption overrides it.",
     )
 
     def faults(self) -> Iterator[str]:
@@ -277,7 +285,8 @@ class DreamBoothValidationSettings(ValidationSettings):
 
     def faults(self) -> Iterator[str]:
         n, m = len(self.base_prompt), len(self.validation_prompt)
-        is_file = any(prompts[0].endswith(".txt") for prompts in (self.base_prompt, self.validation_prompt) if prompts)
+        firsts = [prompts[0] for prompts in (self.base_prompt, self.validation_prompt) if prompts]
+        is_file = any(first.lower().endswith(".txt") for first in firsts)
         if n and n != m and not is_file:
             yield f"--base_prompt: {n} prompts for {m} of --validation_prompt; give as many or none"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER  # noqa: E402
 
 from .base_layout import foreign_unet, variant_hint  # noqa: E402
 from .config import InputError  # noqa: E402
@@ -36,6 +38,8 @@ from .frame import Frame  # noqa: E402
 from .process import Diffusion  # noqa: E402
 from .schedulers import check_kind, scheduler_class  # noqa: E402
 from .unet_layers import UNET_PRESETS  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of casts that are meant
 diffusers.utils.logging.disable_progress_bar()
@@ -47,6 +51,7 @@ MIRRORS = {
 }
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 FLAG = "--pretrained_model_name_or_path"
+TOKENIZED = 4096  # prompts at a time
 LARGEST_WITH_MAPS = 32  # side of the latents up to which attention on a CPU keeps its maps, of at most 1024² numbers
 
 
@@ -59,6 +64,7 @@ class StableDiffusion:
         scheduler: the model's own sampler.
         noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
         fingerprint: a short hash of the weights as they were loaded, whatever their folder is called.
+        cuts_prompts: prompts that are too long for the text encoder are cut to what it reads; otherwise an error.
     """
 
     name: str
@@ -70,6 +76,7 @@ class StableDiffusion:
     scheduler: SchedulerMixin
     noise_schedule: DDPMScheduler
     fingerprint: str = ""
+    cuts_prompts: bool = False
 
     denoiser_part: ClassVar[str] = "unet"
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -131,13 +138,48 @@ class StableDiffusion:
     def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
         """Raises InputError for each prompt that the tokenizer would cut."""
         limit = self.tokenizer.model_max_length
-        faults = []
-        for prompt in dict.fromkeys(prompts):
-            length = len(self.tokenizer(prompt).input_ids)
-            if length > limit:
-                faults.append(f"{flag}={prompt!r}: {length} tokens, the model reads {limit}; shorten the prompt")
+        faults = [
+            f"{flag}={prompt!r}: {length} tokens, the model reads {limit}; shorten the prompt"
+            for prompt, length in self.too_long(prompts).items()
+        ]
         if faults:
             raise InputError(*faults)
+
+    def check_captions(self, captions: Sequence[tuple[str, str]], long_captions: str) -> None:
+        """See that the text encoder can read all captions, or from now on cut those that are too long for it.
+
+        Args:
+            captions: where each is written, and its text; long_captions: refuse or cut, what the user wants.
+
+        Raises:
+            InputError: captions that are too long, unless they may be cut; says where they are, at most 20.
+        """
+        captions = list(dict.fromkeys(captions))  # photos may be held out and trained on
+        limit, lengths = self.tokenizer.model_max_length, self.too_long(text for _, text in captions)
+        long = [(where, lengths[text]) for where, text in captions if text in lengths]
+        if not long:
+            return
+        if long_captions == "cut":
+            self.cuts_prompts = True
+            logger.info(
+                "--long_captions=cut: %d of %d captions have more than the %d tokens that the text encoder reads; the "
+                "rest of them is not seen",
+                len(long), len(captions), limit,
+            )  # fmt: skip
+            return
+        faults = [f"{where}: a caption of {length} tokens, the model reads {limit}" for where, length in long[:20]]
+        more = f" (and {len(long) - 20} more)" if len(long) > 20 else ""
+        raise InputError(*faults[:-1], f"{faults[-1]}{more}; shorten them, or give --long_captions=cut")
+
+    def too_long(self, prompts: Iterable[str]) -> dict[str, int]:
+        """The different prompts of more tokens than the text encoder reads, and how many they have."""
+        found, prompts = {}, list(dict.fromkeys(prompts))
+        for start in range(0, len(prompts), TOKENIZED):
+            part = prompts[start : start + TOKENIZED]
+            for prompt, ids in zip(part, self.tokenizer(part).input_ids):
+                if len(ids) > self.tokenizer.model_max_length:
+                    found[prompt] = len(ids)
+        return found
 
     def embed(
         self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] = MappingProxyType({})
@@ -148,7 +190,11 @@ class StableDiffusion:
         """
         text_encoder = encoders.get("text_encoder", self.text_encoder)
         ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            truncation=self.cuts_prompts,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
         ).input_ids
         states = text_encoder(ids.to(self.text_encoder.device), return_dict=False)[0]  # (B, tokens, width)
         return [{"text": text} for text in states]
@@ -254,7 +300,10 @@ def load_stable_diffusion(
             noise_schedule=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
         )
     positions, vocabulary = base.text_encoder.config.max_position_embeddings, base.text_encoder.config.vocab_size
-    if base.tokenizer.model_max_length > positions or len(base.tokenizer) > vocabulary:  # an empty one has no limit
+    words = len(base.tokenizer.get_vocab()) - len(base.tokenizer.all_special_tokens)
+    if base.tokenizer.model_max_length >= VERY_LARGE_INTEGER:  # it does not say its limit; the text encoder does
+        base.tokenizer.model_max_length = positions
+    if words <= 0 or base.tokenizer.model_max_length > positions or len(base.tokenizer) > vocabulary:
         flag = f"{FLAG}={name}" if tokenizer_name is None else f"--tokenizer_name={tokenizer_name}"
         raise InputError(
             f"{flag}: no tokenizer of this text encoder, which reads {positions} tokens out of {vocabulary}; is it "

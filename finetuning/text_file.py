@@ -1,9 +1,52 @@
-"""Text files that are written in one step: whoever reads finds the old one or the new one, also on a full disk."""
+"""Text files: those that users give are read in one way; those of a run are written in one step, so that whoever reads
+finds the old one or the new one, also on a full disk."""
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
+
+MARK = "\ufeff"  # Windows' editors put it before UTF-8
+OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read(path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark, each line ended by a newline alone.
+
+    Raises:
+        ValueError: it has another encoding; says which, if it is known, and what to do.
+        OSError: it cannot be read.
+    """
+    data = Path(path).read_bytes()
+    for mark, encoding in OTHER_MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"is {encoding}, not UTF-8; save it as UTF-8")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError("holds NUL characters, as UTF-16 or a binary file does; save it as UTF-8 text")
+    return text.removeprefix(MARK).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
+
+    Lines end at newlines alone, not at the other separators that `str.splitlines` knows: JSON allows U+2028, U+0085
+    and their like within a string. A byte order mark goes from every line, because files with it get joined.
+
+    Raises:
+        ValueError, OSError: as `read`.
+    """
+    numbered = ((number, line.removeprefix(MARK).strip()) for number, line in enumerate(read(path).split("\n"), 1))
+    return [(number, line) for number, line in numbered if line]
 
 
 def write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,6 +43,13 @@ class Case:
         return [f"--conditioning_data_dir={self.folder / 'partners'}"]
 
 
+def held_out(case: Case, caption: str) -> Path:
+    folder = Path(shutil.copytree(case.data, case.folder / "held"))
+    lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metadata.jsonl").write_text("".join(lines).replace("a photo of 0", caption))
+    return folder
+
+
 def array(case: Case, values: np.ndarray):
     np.save(case.data / "controls" / "0.npy", values)
     case.metadata(lambda line: {**line, "conditioning_image": "controls/0.npy"})
@@ -69,7 +77,7 @@ CASES = {
     ),
     "a missing column": (
         lambda case: case.dataset("--conditioning_image_column=map"),
-        ["--conditioning_image_column=map", "image, conditioning_image, text"],
+        ["--conditioning_image_column=map", "image, conditioning_image, text, long"],
     ),
     "a missing split": (lambda case: case.dataset("--held_out_split=test"), ["--held_out_split=test", "train"]),
     "a column without images": (
@@ -81,6 +89,27 @@ CASES = {
     "no partners at all": (lambda case: case.partners(), ["no control for 0.png, 1.png, 2.png, 3.png"]),
     "no folder of partners": (["--conditioning_data_dir=/nowhere"], ["--conditioning_data_dir=/nowhere"]),
     "nothing left to train on": (["--held_out_images=4"], ["--held_out_images=4", "4 samples"]),
+    "no text for a caption": (
+        lambda case: case.metadata(lambda line: {**line, "text": None}), ["line 1: the caption is null", "write a"]
+    ),
+    "a long caption": (
+        lambda case: case.metadata(lambda line: {**line, "text": "mug " * 30}),
+        ["metadata.jsonl, line 1: a caption of 32 tokens", "reads 24", "--long_captions=cut"],
+    ),
+    "a long caption of a sample that is held out": (
+        lambda case: [f"--held_out_data_dir={held_out(case, 'mug ' * 30)}"],
+        ["held/metadata.jsonl, line 1: a caption of 32 tokens", "--long_captions=cut"],
+    ),
+    "a long caption of a data set": (
+        lambda case: case.dataset("--caption_column=long"), ["row 3 (from 0) of split train", "--long_captions=cut"]
+    ),
+    "captions that are not UTF-8": (
+        lambda case: (case.data / "metadata.jsonl").write_bytes(b"caf\xe9") and None, ["is not UTF-8", "save it"]
+    ),
+    "a folder of controls as a data set": (
+        lambda case: ["--no_data", f"--dataset_name={case.data}"],
+        ["column conditioning_image: is str", "--train_data_dir", "conditioning_image_file_name"],
+    ),
     # Controls
     "another size": (
         lambda case: case.save("controls/1.png", draw_photo(1, (24, 20))), ["24×24", "24×20", "make them the same"]
@@ -92,6 +121,12 @@ CASES = {
     "too many channels": (["--conditioning_channels=1"], ["--conditioning_channels=1", "3 channels"]),
     "an array of another width": (
         lambda case: array(case, np.zeros((24, 24, 5))), ["--conditioning_channels=3", "5 channels"]
+    ),
+    "an array of numbers that are none": (
+        lambda case: array(case, np.full((24, 24), np.nan)), ["controls/0.npy", "not finite"]
+    ),
+    "an array of unknown range": (
+        lambda case: array(case, np.full((24, 24), 7)), ["controls/0.npy: int64 from 7 to 7"]
     ),
     "an array out of range": (lambda case: array(case, np.full((24, 24), 7.0)), ["7", "must lie in [0, 1]"]),
     "an unknown condition": (["--conditioning=cany"], ["--conditioning=cany", "canny"]),

@@ -104,6 +104,12 @@ def captioned(line: str):
     return lambda case: (case.photos / "metadata.jsonl").write_text(line) and None
 
 
+def held_out(case: Case, caption: str) -> Path:
+    folder = Path(shutil.copytree(case.photos, case.folder / "held"))
+    (folder / "0.txt").write_text(caption)
+    return folder
+
+
 def class_folder(*files: tuple[str, bytes | str], more: tuple[str, ...] = ()):
     def make(case: Case):
         case.classes.mkdir()
@@ -227,7 +233,18 @@ CASES = {
     "a prompt in Latin-1": (["--instance_prompt=caf\udce9"], ["--instance_prompt=", "UTF-8"]),
     "a long prompt": (["--instance_prompt=" + "a photo of mug " * 9], ["--instance_prompt", "38 tokens", "reads 24"]),
     "a long caption": (
-        lambda case: (case.photos / "0.txt").write_text("mug " * 30) and None, ["32 tokens", "shorten"],
+        lambda case: (case.photos / "0.txt").write_text("mug " * 30) and None,
+        ["0.txt: a caption of 32 tokens", "reads 24", "shorten", "--long_captions=cut"],
+    ),
+    "a long caption of a photo that is held out": (
+        lambda case: [f"--held_out_data_dir={held_out(case, 'mug ' * 30)}"], ["held/0.txt", "--long_captions=cut"],
+    ),
+    "a long caption of a class image": (
+        class_folder(("mine.png", ""), ("mine.txt", "mug " * 30)), ["class/mine.txt", "--long_captions=cut"],
+    ),
+    "no file of the prompt": (["--instance_prompt=nowhere.TXT"], ["--instance_prompt=nowhere.TXT", "No such file"]),
+    "two prompts for one": (
+        written("p.txt", "a qwe mug\na mug\n", "--instance_prompt={}"), ["--instance_prompt", "holds 2 prompts"],
     ),
     "a long validation prompt": (["--validation_prompt", "mug " * 30], ["--validation_prompt", "shorten"]),
     "a long class prompt": (lambda case: case.prior("--class_prompt", "mug " * 30), ["--class_prompt", "shorten"]),

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from .. import text_file
 from ..config import Config, InputError, read_config
 
 
@@ -209,8 +210,8 @@ def read_grid(path: Path, task: Task, output_dir: Path | None = None) -> Grid:
         InputError: with everything that is wrong with the file.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(text_file.read(path))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None

@@ -39,6 +39,7 @@ def saved_dataset(folder: Path, count: int = 10, side: int = 64, split: str | No
         "image": photos,
         "conditioning_image": [ImageOps.invert(photo) for photo in photos],
         "text": [f"a photo of {i}" for i in range(count)],
+        "long": [f"a photo of {i}{' mug' * (30 if i >= 3 else 1)}" for i in range(count)],
     }
     data = datasets.Dataset.from_dict(columns)
     if split is None:

@@ -1,0 +1,69 @@
+"""Images to tensors, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+@dataclass(frozen=True)
+class Transform:
+    """An image to a square tensor.
+
+    resolution: side in pixels; center_crop: crop in the middle, else at random; random_flip: mirror half of them;
+    resampling: how it is resized.
+    """
+
+    resolution: int
+    center_crop: bool = False
+    random_flip: bool = False
+    resampling: Image.Resampling = Image.Resampling.LANCZOS
+
+    def is_cacheable(self, size: tuple[int, int]) -> bool:
+        """Whether an image of this size gives at most two tensors, itself and its mirror image."""
+        return self.center_crop or size[0] == size[1]
+
+    def flips(self, random: torch.Generator) -> bool:
+        """The draw that decides whether to mirror; always the first one from this generator."""
+        return self.random_flip and bool(torch.randint(2, (), generator=random))
+
+    def __call__(self, image: Image.Image, random: torch.Generator) -> torch.Tensor:
+        """Returns (3, resolution, resolution) in [-1, 1]."""
+        return to_tensor(self.square(image, random))
+
+    def square(self, image: Image.Image, random: torch.Generator) -> Image.Image:
+        """The crop, mirrored or not; equal generators treat images of one size alike."""
+        flip = self.flips(random)
+        image = self.crop(image, random)
+        return ImageOps.mirror(image) if flip else image
+
+    def crop(self, image: Image.Image, random: torch.Generator | None = None) -> Image.Image:
+        """A square of the resized image: in the middle, or where `random` puts it."""
+        image = self.resize(image)
+        slack = [side - self.resolution for side in image.size]
+        if self.center_crop or random is None:
+            x, y = (s // 2 for s in slack)
+        else:
+            x, y = (int(torch.randint(s + 1, (), generator=random)) for s in slack)
+        return image.crop((x, y, x + self.resolution, y + self.resolution))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The shorter side becomes `resolution`."""
+        scale = self.resolution / min(image.size)
+        size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
+        return image if size == image.size else image.resize(size, self.resampling)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image to (3, H, W) in [-1, 1]; contiguous, which convolutions on a CPU are faster with."""
+    array = np.asarray(image, dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def to_image(tensor: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] to an 8-bit image; values outside are clipped."""
+    array = ((tensor.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
