@@ -23,7 +23,7 @@ from finetuning.launch import launch
 from finetuning.settings import SCHEDULES_WITHOUT_END
 
 if __name__ == "__main__":
-    launch(ControlNetConfig, __doc__)
+    config = launch(ControlNetConfig, __doc__)
 
 import torch
 from PIL import Image
@@ -341,4 +341,4 @@ class ControlNet:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: ControlNet(config).train()))

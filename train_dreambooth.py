@@ -23,7 +23,7 @@ from finetuning.launch import launch
 from finetuning.settings import SCHEDULES_WITHOUT_END, DreamBoothConfig
 
 if __name__ == "__main__":
-    launch(DreamBoothConfig, __doc__)
+    config = launch(DreamBoothConfig, __doc__)
 
 import torch
 from PIL import Image
@@ -396,4 +396,4 @@ class DreamBooth:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: DreamBooth(config).train()))
