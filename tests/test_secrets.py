@@ -105,6 +105,18 @@ def test_processes_that_the_trainer_starts_itself_get_the_token_unseen(hub, tmp_
             assert words[words.index("--hub_token") + 1] == "***" and words[-1] == "--seed=111"
 
 
+def test_a_trainer_that_a_script_starts_gets_the_token_unseen(hub, tmp_path):
+    """The hub refuses another's name, which it says only to a token that it accepts."""
+    name = ("--push_to_hub", "--hub_model_id=you/mug", "--report_to=none")
+    script = (ROOT / "scripts" / "quickstart.py", "dreambooth", "--only_train")
+    done = start(hub, tmp_path, *script, "--hub_token", TOKEN, *name, OUTPUT_DIR="run", CLASS_DIR="class")
+    assert done.returncode == 2 and "owners that fit: me, lab, club" in done.stderr, done.stderr
+    assert TOKEN not in done.stderr and not holding(tmp_path, TOKEN)
+    config = secret_flags.hand_over(DreamBoothConfig, ["--seed=1", f"--hub_token={TOKEN}"])
+    assert config == ["--seed=1", "--hub_token=***"]
+    assert secret_flags.receive(DreamBoothConfig, config) == ["--seed=1", f"--hub_token={TOKEN}"]
+
+
 WRONG = {
     "text that cannot be": (["--hub_token=s3cr3t\0"], None),
     "a list": ([], "hub_token: [s3cr3t]\n"),
