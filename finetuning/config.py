@@ -213,6 +213,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 
     Each with its lines; `--debug` shows the traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that a terminal does not know is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
