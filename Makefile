@@ -14,14 +14,13 @@ BIN := $(VENV)/bin
 .PHONY: dreambooth controlnet test quality clean
 
 SUBJECT ?= mug
+export SUBJECT
 
 dreambooth: $(VENV)/.installed
-	SUBJECT=$(SUBJECT) PYTHON=$(abspath $(BIN))/python REPORT_TO=tensorboard ./train_dreambooth.sh
-	$(BIN)/python scripts/evaluate.py toyworld data/output/dreambooth
+	$(BIN)/python scripts/quickstart.py dreambooth
 
 controlnet: $(VENV)/.installed
-	PYTHON=$(abspath $(BIN))/python ./train_controlnet.sh
-	PYTHON=$(abspath $(BIN))/python IMAGES=64 ./eval_controlnet.sh --every=8 --batch_size=16
+	$(BIN)/python scripts/quickstart.py controlnet
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest

@@ -21,7 +21,7 @@ from finetuning.control_settings import ControlNetConfig
 from finetuning.launch import launch
 
 if __name__ == "__main__":
-    launch(ControlNetConfig, __doc__)
+    config = launch(ControlNetConfig, __doc__)
 
 import torch
 from PIL import Image
@@ -201,4 +201,4 @@ class ControlNet:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: ControlNet(config).train()))

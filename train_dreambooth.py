@@ -22,7 +22,7 @@ from finetuning.launch import launch
 from finetuning.settings import DreamBoothConfig
 
 if __name__ == "__main__":
-    launch(DreamBoothConfig, __doc__)
+    config = launch(DreamBoothConfig, __doc__)
 
 import torch
 
@@ -249,4 +249,4 @@ class DreamBooth:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: DreamBooth(config).train()))

@@ -165,7 +165,8 @@ class Checkpoints:
                     f"without {FLAG}"
                 )
             return None
-        path = self.folder / name if os.sep not in name else Path(name)
+        is_bare = not any(separator in name for separator in (os.sep, os.altsep) if separator)
+        path = self.folder / name if is_bare else Path(name)
         if not path.is_dir():
             standing = ", ".join(p.name for p in self.all()) or "none"
             raise InputError(f"{FLAG}={name}: no such checkpoint; there are: {standing}")
@@ -286,7 +287,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def _listing(folder: Path) -> dict[str, tuple[int, str]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): (p.stat().st_size, _hash(p)) for p in files}
+    return {p.relative_to(folder).as_posix(): (p.stat().st_size, _hash(p)) for p in files}
 
 
 def _hash(path: Path) -> str:
@@ -298,7 +299,13 @@ def _hash(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Have what is in a file, or the names that are in a folder, written to the disk."""
+    if path.is_dir():
+        if not hasattr(os, "O_DIRECTORY"):
+            return  # Windows cannot open folders, and writes their names by itself
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path, os.O_RDWR)  # Windows syncs no file that is open for reading only
     try:
         os.fsync(handle)
     finally:
@@ -315,6 +322,6 @@ def _shown(size: int) -> str:
 
 
 def _existing(path: Path) -> Path:
-    while not path.exists():
+    while not path.exists() and path != path.parent:
         path = path.parent
     return path

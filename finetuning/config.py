@@ -9,11 +9,9 @@ import argparse
 import dataclasses
 import difflib
 import errno
-import math
 import os
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,14 +19,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-from . import text_file
+from . import secret_flags, text_file
 from .folders import absolute, expanded
+from .setting_types import convert, is_union, noun, strip_none
+from .yaml_file import read_yaml
 
 C = TypeVar("C", bound="Config")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SUCH_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
+LONGEST = 1000  # letters of a value in a message
 MEMORY_FULL = ("out of memory", "can't allocate memory")  # in torch's RuntimeErrors, on GPUs and CPUs
 
 
@@ -65,7 +66,7 @@ def setting(
         choices, minimum, above, maximum: what is allowed; `above` excludes its bound.
         aliases: other names of the flag.
         may_change: a resumed run may have another value than its checkpoint.
-        secret: never written to a file, a log or a tracker.
+        secret: never written to a file, a log, a tracker or a message.
         folder: "always" a local folder or file, or "perhaps", if it is there, and otherwise a name on the hub; or
             "own", which the program makes and is meant from wherever it is started.
     """
@@ -81,8 +82,8 @@ def setting(
         "folder": folder,
     }
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 class Group:
@@ -182,19 +183,21 @@ def read_config(cls: type[C], argv: Sequence[str] | None = None, description: st
         InputError: with all faults found.
     """
     kinds = _kinds(cls)
+    secret = {field.name for field in _fields(cls) if field.metadata["secret"]}
     given, faults = _read_flags(cls, argv, description)
-    path = given.pop("config", None)
     values = {}
-    if path is not None:
+    for path in given.pop("config", []):
         from_file, file_faults = _read_yaml(path)
         faults += file_faults
         for name, value in from_file.items():
             if name not in kinds:
                 faults.append(f"--config={path}: unknown key {name!r}{_nearest(name, kinds)}")
                 continue
-            _convert(name, value, kinds[name], values, faults, source=f"--config={path}: {name}: ")
+            shown = secret_flags.HIDDEN if name in secret else show(value)
+            _convert(name, value, kinds[name], values, faults, f"--config={path}: {name}: {shown}")
     for name, value in given.items():
-        _convert(name, value, kinds[name], values, faults, source=f"--{name}=")
+        shown = secret_flags.HIDDEN if name in secret else show(value)
+        _convert(name, value, kinds[name], values, faults, f"--{name}={shown}")
     if faults:
         raise InputError(*faults)
     groups = {}
@@ -203,8 +206,18 @@ def read_config(cls: type[C], argv: Sequence[str] | None = None, description: st
     config = cls(**groups)
     if faults := config.all_faults():
         raise InputError(*faults)
-    _forget_secrets(config)
+    sys.argv[:] = secret_flags.hide(cls, sys.argv)  # trackers copy it into their files
     return config
+
+
+def value_faults(configs: Sequence[type[Config]], given: dict[str, Any]) -> list[str]:
+    """What is wrong with values from elsewhere, each by itself; names that no Config class knows are passed over."""
+    fields = {field.name: (field, _kinds(cls)[field.name]) for cls in configs for field in _fields(cls)}
+    values, faults = {}, []
+    for name in given.keys() & fields.keys():
+        _convert(name, given[name], fields[name][1], values, faults, f"{name}: {show(given[name])}")
+    ranges = (_range_fault(fields[name][0], value) for name, value in values.items())
+    return faults + [fault.removeprefix("--") for fault in ranges if fault]
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -212,6 +225,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 
     Each with its lines; `--debug` shows the traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that a terminal does not know is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
@@ -245,7 +261,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             )
     if not _is_other_process():
         for line in message.splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            is_short = len(line) <= 2 * LONGEST
+            print(f"error: {line if is_short else f'{line[:LONGEST]} … {line[-LONGEST:]}'}", file=sys.stderr)
     return code
 
 
@@ -256,15 +273,11 @@ def _is_other_process() -> bool:
 
 
 def show(value: Any) -> str:
-    """A value as it would be typed."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _forget_secrets(config: Config) -> None:
-    """Blank what is secret in the command line that Python keeps: trackers copy it into their files."""
-    secrets = [getattr(group, field.name) for group, field in fields_of(config) if field.metadata["secret"]]
-    for secret in filter(None, secrets):
-        sys.argv[:] = [argument.replace(str(secret), "***") for argument in sys.argv]
+    """A value as it would be typed; of what could not be typed, its kind."""
+    if isinstance(value, (dict, set)) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
+        return f"a nested {type(value).__name__}"  # which aliases of YAML may make longer than any memory
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -275,7 +288,8 @@ class _Parser(argparse.ArgumentParser):
 def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str | None):
     parser = _Parser(
         description=description,
-        epilog="Each switch --x has its opposite, --no_x. Of a flag that is given twice the last one counts.",
+        epilog="Each switch --x has its opposite, --no_x. Of a flag that is given twice the last one counts. "
+        "--config adds up.",
         usage="%(prog)s [--config run.yaml] [--flag=value …]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -284,7 +298,9 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with any of these settings, under the same names; flags override it",
+        action="append",
+        help="YAML file with any of these settings, under the same names; flags override it. If it is given several "
+        "times, later files override earlier ones",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     names = {"config", "debug"}
@@ -295,7 +311,7 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
             spellings = [f"--{n}" for n in (field.name, *field.metadata["aliases"])]
             names |= {n.removeprefix("--") for n in spellings}
             text = _help(field).replace("%", "%%")
-            kind = _strip_none(hints[field.name])
+            kind = strip_none(hints[field.name])
             if kind is bool:
                 section.add_argument(*spellings, dest=field.name, action="store_true", help=text)
                 negated = [s.replace("--", "--no_", 1) for s in spellings]
@@ -307,7 +323,9 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
                 section.add_argument(*spellings, dest=field.name, metavar=kind.__name__.upper(), help=text)
     namespace, unknown = parser.parse_known_args(argv)
     faults = []
-    for argument in unknown:
+    for before, argument in zip(["", *unknown], unknown):
+        if before.startswith("-") and "=" not in before and not argument.startswith("-"):
+            continue  # the value of the unknown flag before it, perhaps a secret
         name = argument.removeprefix("--").split("=")[0]
         faults.append(
             f"unknown flag {argument.split('=')[0]}{_nearest(name, names)}"
@@ -321,55 +339,22 @@ def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     try:
-        text = text_file.read(expanded(path))
-        content = yaml.safe_load(text)
-    except (OSError, ValueError) as error:
+        content = read_yaml(text_file.read(expanded(path)))
+    except (OSError, UnicodeDecodeError) as error:
         return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
-    except (yaml.YAMLError, RecursionError) as error:
-        return {}, [f"--config={path}: not YAML ({' '.join(str(error).split())})"]
+    except ValueError as error:
+        return {}, [f"--config={path}: {error}"]
     if not isinstance(content, dict):
         return {}, [f"--config={path}: expected lines of `name: value`, found {type(content).__name__}"]
-    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        return {}, [f"--config={path}: {', '.join(twice)}: given twice; keep one of the lines"]
     return {str(name): value for name, value in content.items()}, []
 
 
 def _convert(name: str, value: Any, kind: Any, values: dict, faults: list[str], source: str) -> None:
     try:
-        values[name] = _as(kind, value)
-    except (TypeError, ValueError):
-        wanted = " or ".join(_noun(k) for k in (typing.get_args(kind) if _is_union(kind) else [kind]))
-        faults.append(f"{source}{show(value)}: expected {wanted}")
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`, from the text of a flag or from YAML.
-
-    Raises:
-        ValueError, TypeError: it is none.
-    """
-    if _is_union(kind):
-        if value is None or value == "None":
-            return None
-        return _as(_strip_none(kind), value)
-    if typing.get_origin(kind) is list:
-        inner = typing.get_args(kind)[0]
-        return [_as(inner, v) for v in (value if isinstance(value, list) else [value])]
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
-        raise ValueError
-    if kind is int and isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError
-        return int(value)
-    result = expanded(value) if kind is str and isinstance(value, str) else kind(value)
-    if kind is float and not math.isfinite(result):
-        raise ValueError
-    return result
+        values[name] = convert(kind, value)
+    except (TypeError, ValueError, OverflowError):
+        wanted = " or ".join(noun(k) for k in (typing.get_args(kind) if is_union(kind) else [kind]))
+        faults.append(f"{source}: expected {wanted}")
 
 
 def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
@@ -377,11 +362,12 @@ def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
     for v in value if isinstance(value, list) else [value]:
         if v is None:
             continue
-        flag = f"--{field.name}={show(v)}"
+        shown = secret_flags.HIDDEN if rules["secret"] else show(v)
+        flag = f"--{field.name}={shown}"
         if rules["choices"] is not None and v not in rules["choices"]:
             return f"{flag}: must be one of {', '.join(rules['choices'])}{_nearest(str(v), rules['choices'])}"
         if isinstance(v, str) and ("\0" in v or v.encode(errors="ignore").decode() != v):
-            return f"--{field.name}={v!r}: holds what is no text in UTF-8"
+            return f"--{field.name}={shown if rules['secret'] else repr(v)}: holds what is no text in UTF-8"
         if rules["folder"] and isinstance(v, str) and v.startswith("~") and not os.path.exists(v):
             return f"{flag}: there is no such home folder; write the path out, or ./~… for a name that begins with ~"
         if isinstance(value, str) and not v.strip() and v != field.default:
@@ -401,27 +387,17 @@ def _help(field: dataclasses.Field) -> str:
     return f"{field.metadata['help']}{choices} (default: {show(default) if default != [] else 'none'})"
 
 
+def _fields(cls: type[Config]) -> Iterator[dataclasses.Field]:
+    for group in typing.get_type_hints(cls).values():
+        yield from dataclasses.fields(group)
+
+
 def _kinds(cls: type[Config]) -> dict[str, Any]:
     return {
         name: kind
         for group in typing.get_type_hints(cls).values()
         for name, kind in typing.get_type_hints(group).items()
     }
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def _strip_none(kind: Any) -> Any:
-    return next(k for k in typing.get_args(kind) if k is not type(None)) if _is_union(kind) else kind
-
-
-def _noun(kind: Any) -> str:
-    if typing.get_origin(kind) is list:
-        return f"a list, each {_noun(typing.get_args(kind)[0])}"
-    nouns = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "None"}
-    return nouns[kind]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

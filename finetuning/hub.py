@@ -117,7 +117,7 @@ def shared_files(run: Path) -> list[str]:
     """Names, below a run's folder, of what is uploaded."""
     own = [path for path in run.iterdir() if path.is_file() and path.suffix in ENDINGS]
     parts = [path for folder in FOLDERS for path in (run / folder).rglob("*") if path.is_file()]
-    return sorted(str(path.relative_to(run)) for path in (*own, *parts) if not path.name.startswith("."))
+    return sorted(path.relative_to(run).as_posix() for path in (*own, *parts) if not path.name.startswith("."))
 
 
 def _who_is(token: str) -> dict[str, Any]:

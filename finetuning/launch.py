@@ -8,22 +8,29 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 
-from .config import Config, InputError, read_config, run_command
+from . import secret_flags
+from .config import C, InputError, read_config, run_command
 from .processes import MPI
 
 SECONDS_TO_SAVE = "600"  # after a signal, until processes that still run are killed
 
 
-def launch(config: type[Config], description: str | None = None) -> None:
-    """Return if this process shall train; exit if the flags are wrong, or after the processes that train have ended.
+def launch(kind: type[C], description: str | None = None) -> C:
+    """What the command line asks for, if this process shall train.
+
+    It exits if the flags are wrong, or after the processes that train have ended. The command line is read here and
+    nowhere else: what is secret in it is hidden afterwards.
 
     `accelerate launch --cpu --num_processes=N` starts N processes through MPI only; without it, one. This one then
     starts the N, by torch's own launcher.
     """
-    if code := run_command(lambda argv: read_config(config, argv, description) and None):
+    argv, read = secret_flags.receive(kind, sys.argv[1:]), []
+    if code := run_command(lambda argv: read.append(read_config(kind, argv, description)), argv):
         sys.exit(code)
     if is_alone(os.environ):
-        sys.exit(run_command(lambda argv: start_processes(processes_wanted(), [sys.argv[0], *sys.argv[1:]])))
+        command = [sys.argv[0], *secret_flags.hand_over(kind, argv)]
+        sys.exit(run_command(lambda argv: start_processes(processes_wanted(), command)))
+    return read[0]
 
 
 def is_alone(environment: Mapping[str, str]) -> bool:

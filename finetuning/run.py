@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -25,6 +24,7 @@ from .config import Config, InputError, RunError
 from .picture import save_picture
 from .processes import LAUNCH, check_accumulation, check_engine, check_gpus, precision, processes_asked
 from .randomness import seed_modules
+from .resident_memory import peak_resident_memory
 from .trackers import TensorBoard, WandB
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Run:
         values = {k: v for k, v in values.items() if v is not None}
         line = json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
         try:
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            with open(self.folder / METRICS, "a", encoding="utf-8", newline="\n") as file:
                 file.write(f"{line}\n")
         except OSError as error:
             raise RunError(
@@ -250,8 +250,7 @@ class Run:
         """GiB: of the GPU, or of the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        return peak_resident_memory() / 2**30
 
     # Stopping
 
@@ -320,8 +319,10 @@ def check_writable(folder: Path, flag: str) -> None:
     if os.path.isfile(folder):
         raise InputError(f"{flag}={folder}: is a file; give a folder")
     place = folder
-    while not os.path.exists(place):  # which is False, too, where one may not look
+    while not os.path.exists(place) and place != place.parent:  # False, too, where one may not look
         place = place.parent
+    if not os.path.exists(place):
+        raise InputError(f"{flag}={folder}: there is no drive {place}")
     if not place.is_dir():
         raise InputError(f"{flag}={folder}: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -58,7 +58,7 @@ def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -246,7 +246,7 @@ def measure_memory(args, candidates: list[str]) -> dict:
             command = [sys.executable, __file__, "adapter", "--peak", name, "--batch", str(args.batch)]
             command += ["--resolution", str(args.resolution), "--dtype", args.dtype, "--threads", str(args.threads)]
             command += ["--convolutions"] if args.convolutions else []
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
             peaks[name].append(float(done.stdout))
         print(f"  memory: process {process + 1} of {PROCESSES_FOR_MEMORY} of each", file=sys.stderr)
     medians = {name: statistics.median(values) for name, values in peaks.items()}
@@ -350,7 +350,7 @@ def adapter(args) -> None:
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "run"}
         content = {"machine": machine(args.threads), "settings": settings, "results": results, "rotation": rotation}
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot(results, args.plot)
 
@@ -366,7 +366,7 @@ def training(args) -> None:
     root = Path(__file__).resolve().parents[1]
     candidates, reference, embedded = LOOPS, PLAIN_LORA, root / "data" / "toyworld" / "base"
     if args.grid:
-        content = yaml.safe_load(Path(args.grid).read_text())
+        content = yaml.safe_load(Path(args.grid).read_text(encoding="utf-8"))
         candidates = {
             name: {**method["settings"], **({"boft_scale_learning_rate": 0} if method.get("scale_rate") == 0 else {})}
             for name, method in content["methods"].items()
@@ -403,7 +403,7 @@ def training(args) -> None:
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "run"}
         content = {"machine": machine(args.threads), "settings": settings, "reference": reference, "results": results}
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -199,7 +199,8 @@ def main() -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"threads": args.threads, "rounds": args.rounds, "milliseconds": rows}, indent=1)
+            json.dumps({"threads": args.threads, "rounds": args.rounds, "milliseconds": rows}, indent=1),
+            encoding="utf-8",
         )
     return 0
 

@@ -194,7 +194,11 @@ def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, arg
     }
     protocol = json.loads(as_json(protocol))
     path = folder / "scores.json"
-    if path.is_file() and not count and (found := json.loads(path.read_text()))["protocol"] == protocol:
+    if (
+        path.is_file()
+        and not count
+        and (found := json.loads(path.read_text(encoding="utf-8")))["protocol"] == protocol
+    ):
         return found
     texts = [text for text in protocol["texts"] for _ in range(gallery.each)]
     result = score_all(run.name, gallery.images(), texts, prompts, subject.photos, encoders, args.batch_size)
@@ -274,7 +278,7 @@ def embedded_subject(config: dict) -> str:
         InputError: the toy world does not know it.
     """
     card = Path(config["instance_data_dir"]) / "subject.json"
-    subject = json.loads(card.read_text())["name"] if card.is_file() else None
+    subject = json.loads(card.read_text(encoding="utf-8"))["name"] if card.is_file() else None
     if subject not in SUBJECTS:
         raise InputError(
             f"--instance_data_dir={config['instance_data_dir']}: not an embedded subject, and the toy world's judge "

@@ -65,7 +65,7 @@ def kill_test(training: Sequence[str], kills: int, moments: random.Random, folde
                 duration = min(duration, time.monotonic() - started)
             is_fresh = False
             if code not in (0, -signal.SIGKILL):
-                print((folder / "log").read_text(), file=sys.stderr)
+                print((folder / "log").read_text(encoding="utf-8"), file=sys.stderr)
                 print(f"resuming after {killed} kills ended with exit code {code}", file=sys.stderr)
                 return 1
         found = tensors(output)

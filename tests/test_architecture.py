@@ -52,3 +52,34 @@ def test_nothing_imports_a_script_but_a_test():
 def test_files_are_named_for_what_they_hold():
     for package in (*FORBIDDEN, "scripts"):
         assert not {p.stem for p in (ROOT / package).rglob("*.py")} & VAGUE
+
+
+TEXT = ("open", "fdopen", "read_text", "write_text")
+IN_BYTES = ("Image", "os", "run", "self.run", "lzma")  # whose `open` is another one
+
+
+def unsaid_encodings(tree: ast.AST) -> list[int]:
+    """Lines that read or write text in the encoding of the machine, which is another one on Windows."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        holder, _, verb = name.rpartition(".")
+        said = {keyword.arg for keyword in node.keywords}
+        mode = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        is_binary = any("b" in value and set(value) <= set("rwxab+t") for value in mode)
+        opens = verb in TEXT and not (verb == "open" and holder in IN_BYTES) and not is_binary
+        talks = verb in ("run", "Popen") and bool(said & {"text", "universal_newlines"})
+        if (opens or talks) and "encoding" not in said:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_text_is_read_and_written_in_utf_8():
+    assert unsaid_encodings(ast.parse("open('a')\nopen('a', 'rb')\npath.read_text()\nImage.open(x)")) == [1, 3]
+    sources = [path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")]
+    sources += [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in sources
+             for line in unsaid_encodings(ast.parse(path.read_text(encoding="utf-8")))]  # fmt: skip
+    assert not found

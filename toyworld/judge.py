@@ -46,7 +46,7 @@ class Network(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def load(cls, folder: Path) -> Network:
         """The network that `save_pretrained` wrote into `folder`, in float32 and evaluation mode."""
-        network = cls(**json.loads((folder / "config.json").read_text()))
+        network = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         network.load_state_dict(load_file(folder / "model.safetensors"))
         return network.eval()
 

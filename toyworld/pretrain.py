@@ -169,7 +169,7 @@ def main() -> None:
         export(args.work_dir, args.output_dir)
     if "measure" in args.stages:
         result = measure(args.output_dir)
-        (args.output_dir / "measured.json").write_text(json.dumps(result, indent=2) + "\n")
+        (args.output_dir / "measured.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(result, indent=2))
 
 

@@ -59,7 +59,7 @@ def images(folder: Path, name: str, workers: int = 2) -> np.ndarray:
                 [min(s + _CHUNK, size) for s in starts],
             ):
                 bar.update(done)
-        partial.rename(path)
+        partial.replace(path)
     return np.load(path, mmap_mode="r")
 
 

@@ -102,4 +102,4 @@ def write(folder: Path) -> None:
             "class_prompts": class_prompts(category),
             "validation_prompts": [f"a photo of {special} {context}" for context in new],
         }
-        (folder / name / "subject.json").write_text(json.dumps(card, indent=2) + "\n")
+        (folder / name / "subject.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -59,7 +59,11 @@ def machine() -> str:
     """The processor and its number of cores."""
     model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores"
 

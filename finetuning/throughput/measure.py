@@ -123,7 +123,7 @@ class Racer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
+                encoding="utf-8",
                 env={**os.environ, "OMP_NUM_THREADS": str(work.threads), "PYTHONPATH": root},
             )
 

@@ -13,7 +13,7 @@ def machine(threads: int) -> str:
     """Processor, how many of its cores are used, and torch's version."""
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         model = names[0] if names else model
     return f"{model}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}"

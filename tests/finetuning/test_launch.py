@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,13 @@ def test_flags_are_checked_without_torch():
     done = subprocess.run([sys.executable, "-c", code, "--sed=1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: unknown flag --sed; did you mean seed?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_terminal_without_a_letter_ends_nothing():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "train_dreambooth.py"]
+    done = subprocess.run([*command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and r"[--flag=value \u2026]" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
