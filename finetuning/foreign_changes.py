@@ -31,8 +31,8 @@ def check_weights_are_here(part: str, module: torch.nn.Module) -> None:
     if any(p.is_meta for p in module.parameters()):
         raise InputError(
             f"{part}: its weights are offloaded layer by layer (enable_sequential_cpu_offload) and not in their "
-            "places. Load adapters and set their strengths first, then offload; pipeline.remove_all_hooks() brings the "
-            "weights back. enable_model_cpu_offload() goes together with adapters at any time"
+            "places. Load adapters and set their strengths first, then offload; pipeline.remove_all_hooks() brings "
+            "the weights back. enable_model_cpu_offload() goes together with adapters at any time"
         )
     for child in module.modules():
         hooks = getattr(getattr(child, "_diffusers_hook", None), "hooks", {})

@@ -285,9 +285,9 @@ class InPlace:
                 )
             if name in self._marks and self._marks[name] != _mark(base.weight.data) and self._was_changed(name, layer):
                 raise InputError(
-                    f"{self.part}.{name}: its weight was changed by somebody else since the strength of the adapter was "
-                    "set (fuse_lora, or loaded weights), which would be lost. Undo that (pipeline.unfuse_lora()), or load "
-                    "the base and its adapters anew"
+                    f"{self.part}.{name}: its weight was changed by somebody else since the adapter's strength was "
+                    "set (fuse_lora, or loaded weights), which would be lost. Undo that (pipeline.unfuse_lora()), or "
+                    "load the base and its adapters anew"
                 )
 
     def _was_changed(self, name: str, layer: BaseTunerLayer) -> bool:

@@ -228,7 +228,7 @@ def strengths(pipeline: StableDiffusionPipeline, strength: float | Mapping[str, 
 
 
 def adapted_parts(pipeline: StableDiffusionPipeline) -> dict[str, InPlace]:
-    """What UNet and text encoder of a pipeline carry, where they carry anything, whichever pipeline has put it there."""
+    """What UNet and text encoder of a pipeline carry, where they do, whichever pipeline has put it there."""
     found = {part: InPlace.of(module) for part, module in _modules(pipeline).items()}
     return {part: state for part, state in found.items() if state is not None}
 

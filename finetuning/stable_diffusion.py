@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from .config import InputError  # noqa: E402
 from .dataset import Images  # noqa: E402
+from .fingerprint import Fingerprint  # noqa: E402
 from .randomness import normal  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of casts that are meant
@@ -52,7 +53,6 @@ class StableDiffusion:
         name: folder or hub name; revision: branch or commit, None = main.
         scheduler: the model's own sampler.
         noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
-        fingerprint: a short hash of the weights as they were loaded, whatever their folder is called.
     """
 
     name: str
@@ -63,15 +63,11 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     noise_schedule: DDPMScheduler
-    fingerprint: str = ""
 
-    def __post_init__(self):
-        digest = hashlib.sha256()
-        for part in (self.text_encoder, self.vae, self.unet):
-            for name, parameter in part.named_parameters():
-                few = parameter.detach().flatten()[:4].float().cpu()
-                digest.update(name.encode() + few.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """A short hash of the model as it was loaded, whatever its folder is called. Reads all weights once."""
+        return Fingerprint.of(self)
 
     @property
     def vae_scale(self) -> int:
@@ -167,6 +163,7 @@ class StableDiffusion:
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
+        _ = self.fingerprint  # of the weights as they were loaded
         for part, to in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
             part.requires_grad_(False).eval().to(device, to)
 
