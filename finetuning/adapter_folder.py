@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from peft.utils import PeftType
-from safetensors.torch import load_file
 
 from .adapter import ADAPTER_WEIGHTS
 from .config import InputError, value_faults
@@ -18,10 +16,10 @@ from .control_settings import ControlNetConfig
 from .run import CONFIG
 from .settings import DreamBoothConfig
 from .stable_diffusion import MIRRORS
+from .stored_adapter import ADAPTER_CONFIG, plain_name, read_config, read_tensors, split_key
 from .yaml_file import read_yaml
 
 PARTS = ("unet", "text_encoder")
-ADAPTER_CONFIG = "adapter_config.json"
 SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
     CONFIG,
     f"*{ADAPTER_CONFIG}",
@@ -31,7 +29,6 @@ SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
     "diffusion_pytorch_model.safetensors",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
 
 
 def load_run_config(run: Path) -> dict:
@@ -108,7 +105,8 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
         modules: UNet and text encoder, by whose layers a folder without parts is told to be the one's or the other's.
 
     Raises:
-        InputError: no adapter, or one that is not stored as safetensors.
+        InputError: no adapter, one that is not stored as safetensors or that cannot be given a strength, or one for a
+            part that is not among the modules.
     """
     found = adapter_sources(folder)
     for source in found.values():
@@ -120,35 +118,15 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
                     "save the adapter as safetensors"
                 )
             raise InputError(f"{source}: has no {ADAPTER_WEIGHTS}; is it complete?")
-        try:
-            keys = load_file(source / ADAPTER_WEIGHTS).keys()
-        except Exception as error:
-            raise InputError(f"{source / ADAPTER_WEIGHTS}: cannot be read ({error})") from error
-        kind_of(source)
+        read_config(source)
+        keys = read_tensors(source).keys()
     if None in found:  # a bare folder says by its keys what it is for
-        first = next(iter(keys)).removeprefix("base_model.model.").split(".boft_")[0].split(".lora_")[0]
-        part = next((p for p in PARTS if first in dict(modules[p].named_modules())), "unet")
-        found = {part: folder}
+        layers = {split_key(key)[0] for key in keys}
+        names = {part: {plain_name(name) for name, _ in module.named_modules()} for part, module in modules.items()}
+        found = {max(names, key=lambda part: len(names[part] & layers)): folder}
+    if absent := [part for part in found if part not in modules]:
+        raise InputError(f"{folder}: adapts the {absent[0]}, and the pipeline has none")
     return found
-
-
-def kind_of(source: Path) -> PeftType:
-    """BOFT or LoRA, by what a folder in peft's format says.
-
-    Raises:
-        InputError: unreadable, another kind, or one that replaces modules.
-    """
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-    except Exception as error:
-        raise InputError(
-            f"{source / ADAPTER_CONFIG}: cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if config.peft_type not in KINDS:
-        raise InputError(f"{source}: is {config.peft_type}; BOFT and LoRA adapters can be loaded")
-    if getattr(config, "modules_to_save", None):
-        raise InputError(f"{source}: replaces whole modules (modules_to_save), which cannot be given a strength")
-    return config.peft_type
 
 
 def run_of(folder: Path) -> Path | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from . import text_file
 from .captions import Example, find_examples
 from .config import InputError
+from .fingerprint import Fingerprint
 from .images import is_image_file
 from .picture import save_picture
 from .sampling import Sampler
@@ -51,8 +52,8 @@ def missing_indices(folder: Path, count: int) -> list[int]:
     return [i for i in range(count) if not image_path(folder, i).exists()]
 
 
-def check_record(folder: Path, record: dict) -> None:
-    """Generated images must have been made as they would be made now.
+def check_record(folder: Path, record: dict, base: Fingerprint) -> None:
+    """Generated images must have been made as they would be made now, by this base.
 
     Raises:
         InputError: naming each field that differs and how to regenerate.
@@ -70,7 +71,9 @@ def check_record(folder: Path, record: dict) -> None:
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{FLAG}={folder}: {RECORD} is damaged; remove it and class-*.png to regenerate")
-    differing = [k for k in record if k not in ("model", "revision") and found.get(k) != record[k]]
+    differing = [k for k in record if k not in ("model", "revision", "weights") and found.get(k) != record[k]]
+    if not base.matches(found.get("weights")):
+        differing.append("weights")
     if differing:
         differences = "; ".join(f"{k} was {_brief(found.get(k))}, is now {_brief(record[k])}" for k in differing)
         raise InputError(

@@ -5,6 +5,7 @@ Each function returns what its format cannot hold, in words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter import ADAPTER_WEIGHTS
+from .adapter_folder import PARTS
 from .config import InputError
-from .inference import adapters_in_place, effective_weight, merge_adapter
+from .foreign_changes import check_no_foreign_adapter, check_weights_are_here, plain_module
+from .in_place import low_rank_pair
+from .inference import adapted_parts, merge_adapter
 from .original_layout import original_layout
+from .stored_adapter import PREFIX
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -30,6 +35,7 @@ KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, precision: str = "fp32") -> list[str]:
     """Merge what is on the pipeline and write all of it in diffusers' format."""
+    check_nothing_foreign(pipeline)
     merge_adapter(pipeline)
     pipeline.to(DTYPES[precision]).save_pretrained(folder)
     return ["the adapters: strengths are fixed, and the base can no longer be restored", *_rounding(precision)]
@@ -46,6 +52,7 @@ def save_single_file(pipeline: StableDiffusionPipeline, path: Path, precision: s
     """
     if hasattr(pipeline, "text_encoder_2") or hasattr(pipeline, "transformer"):
         raise InputError(f"{type(pipeline).__name__}: the single file has the layout of Stable Diffusion 1.x and 2.x")
+    check_nothing_foreign(pipeline)
     merge_adapter(pipeline)
     tensors = original_layout(
         pipeline.unet.state_dict(),
@@ -90,13 +97,16 @@ def save_lora(
     pipeline: StableDiffusionPipeline,
     path: Path,
     rank: int | None = None,
-    energy: float = 0.95,
+    energy: float | None = None,
     precision: str = "fp32",
 ) -> tuple[list[Truncation], list[str]]:
-    """Write the best LoRA of what is on the pipeline: per layer, W' - W cut to its largest singular values.
+    """Write what is on the pipeline as a LoRA: the adapters' own matrices where they are LoRA, else the best LoRA, per
+    layer W' - W cut to its largest singular values.
 
     Args:
-        rank: of each layer. None = the smallest that keeps the share `energy` of the layer's squared change.
+        rank: of each layer, which also cuts a LoRA that has a higher one. None = by `energy`.
+        energy: the smallest rank that keeps this share of the layer's squared change. None = all of a LoRA, 0.95 of
+            others.
 
     Returns:
         What each layer keeps, and what is lost.
@@ -104,42 +114,116 @@ def save_lora(
     Raises:
         InputError: nothing on the pipeline changes a weight.
     """
-    tensors, report, cuts = {}, [], {}
+    check_nothing_foreign(pipeline)
+    own = _own_pairs(pipeline)
+    is_exact = bool(own) and energy is None and (rank is None or max(len(down) for _, down, _ in own.values()) <= rank)
+    if is_exact:
+        pairs, report = own, [_kept_whole(name, up, down, scale) for name, (up, down, scale) in own.items()]
+    else:
+        pairs, report = _cut_pairs(pipeline, rank, 0.95 if energy is None else energy)
+    if not report:
+        raise InputError("the adapters change no weight; is their strength 0?")
+    tensors = _kohya(pairs, DTYPES[precision])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+    lost = [*_lost_biases(pipeline), *_rounding(precision)]
+    if is_exact:
+        return report, lost
+    total = sum(t.norm**2 for t in report)
+    share = sum(t.energy * t.norm**2 for t in report) / total if total else 1.0
+    lost = [f"{1 - share:.1%} of the squared change of the weights", *lost]
+    if own:
+        return report, lost
+    return report, [*lost, "orthogonality: at another strength than 1 a LoRA scales the update, BOFT the angle"]
+
+
+Pairs = dict[
+    tuple[str, str], tuple[Tensor, Tensor, float]
+]  # {(part, layer): (up, down, scale)}: W' - W = scale · up down
+
+
+def _own_pairs(pipeline: StableDiffusionPipeline) -> Pairs:
+    """The matrices of the LoRAs at work, exactly; empty where anything else than LoRA is at work."""
+    pairs: Pairs = {}
+    for part, state in adapted_parts(pipeline).items():
+        at_work = state.at_work()
+        if at_work and state.kind != PeftType.LORA:
+            return {}
+        for name, layer in state.layers.items():
+            here = [adapter for adapter in at_work if adapter in layer.lora_A]
+            if len(here) == 1 and state.strengths[here[0]] == 1:
+                up, down = layer.lora_B[here[0]].weight.detach(), layer.lora_A[here[0]].weight.detach()
+                pairs[part, name] = up, down, float(layer.scaling[here[0]])
+            elif here:  # the sum of several is one of the sum of their ranks
+                each = [low_rank_pair(layer, adapter) for adapter in here]
+                pairs[part, name] = torch.cat([up for up, _ in each], 1), torch.cat([down for _, down in each]), 1.0
+    return pairs
+
+
+def _cut_pairs(pipeline: StableDiffusionPipeline, rank: int | None, energy: float) -> tuple[Pairs, list[Truncation]]:
+    """Each layer's change cut to its largest singular values."""
+    pairs, report = {}, []
     for part, name, change in weight_changes(pipeline):
         matrix = change.flatten(1)  # (o, d)
         U, sigma, V = torch.linalg.svd(matrix, full_matrices=False)
         kept = _shares(sigma)
         r = smallest_rank(kept, energy) if rank is None else min(rank, len(sigma))
         root = sigma[:r].sqrt()
-        cuts[part, name] = U[:, :r] * root, (root[:, None] * V[:r]).view(r, *change.shape[1:])
+        up, down = U[:, :r] * root, (root[:, None] * V[:r]).view(r, *change.shape[1:])
+        pairs[part, name] = up[:, :, None, None] if down.ndim == 4 else up, down, 1.0
         report.append(Truncation(f"{part}.{name}", r, len(sigma), float(kept[r - 1]), float(matrix.norm())))
-    if not report:
-        raise InputError("the adapters change no weight; is their strength 0?")
-    # Readers scale by alpha / rank. All layers share one alpha, because diffusers loses those that differ.
-    alpha = max(row.rank for row in report)
-    for (part, name), (up, down) in cuts.items():
-        key, share = kohya_name(part, name), (len(down) / alpha) ** 0.5
-        up = up[:, :, None, None] if down.ndim == 4 else up
-        tensors[f"{key}.lora_up.weight"] = (up * share).to(DTYPES[precision]).contiguous()
-        tensors[f"{key}.lora_down.weight"] = (down * share).to(DTYPES[precision]).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
-    total = sum(t.norm**2 for t in report)
-    share = sum(t.energy * t.norm**2 for t in report) / total if total else 1.0
-    lost = [f"{1 - share:.1%} of the squared change of the weights", *_lost_biases(pipeline), *_rounding(precision)]
-    return report, [*lost, "orthogonality: at another strength than 1 a LoRA scales the update, BOFT the angle"]
+    return pairs, report
+
+
+def _kept_whole(place: tuple[str, str], up: Tensor, down: Tensor, scale: float) -> Truncation:
+    up, down = up.flatten(1).float(), down.flatten(1).float()
+    norm = abs(scale) * float(((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0).sqrt())  # |U D|² = tr UᵀU DDᵀ
+    return Truncation(".".join(place), len(down), min(len(up), down.shape[1]), 1.0, norm)
+
+
+def _kohya(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Kohya's file. Readers scale by alpha / rank; all layers share one alpha, because diffusers loses those that
+    differ: that of the LoRA itself where its layers agree, with its very matrices; else the largest rank."""
+    tensors = {}
+    alphas = {scale * len(down) for _, down, scale in pairs.values()}
+    shared = len(alphas) == 1 and min(alphas) > 0
+    alpha = alphas.pop() if shared else float(max(len(down) for _, down, _ in pairs.values()))
+    for (part, name), (up, down, scale) in pairs.items():
+        key = kohya_name(part, name)
+        if not shared:
+            share = scale * len(down) / alpha  # half of it on each side, so that neither leaves float16's range
+            up, down = up * (math.copysign(1, share) * abs(share) ** 0.5), down * abs(share) ** 0.5
+        # Tensors of a file must not share memory:
+        tensors[f"{key}.lora_up.weight"] = up.to("cpu", dtype, copy=True).contiguous()
+        tensors[f"{key}.lora_down.weight"] = down.to("cpu", dtype, copy=True).contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors
 
 
 def weight_changes(pipeline: StableDiffusionPipeline) -> Iterator[tuple[str, str, Tensor]]:
-    """(part, layer, W' - W) of every layer that the adapters at work change, in float32, in the weight's shape."""
-    with adapters_in_place(pipeline) as state:
-        for part in state.holders:
-            for name, layer in state.layers(part):
-                before = layer.get_base_layer().weight.detach().float()
-                after = effective_weight(layer).detach().float()
-                if not torch.equal(before, after):
-                    yield part, name, after - before
+    """(part, layer, W' - W) of every layer that the adapters at work change, in float32, in the weight's shape.
+
+    Nothing is computed anew: W' stands in its place since the strengths were set.
+    """
+    for part, state in adapted_parts(pipeline).items():
+        state.check()
+        for name, own in state.weights.items():
+            after = state.base_layer(name).weight.detach()
+            before = own.to(after.device)
+            if not torch.equal(before.to(after.dtype), after):
+                yield part, name, after.float() - before.float()
+
+
+def check_nothing_foreign(pipeline: StableDiffusionPipeline) -> None:
+    """Refuse to write a pipeline with adapters of other programs, which the formats here would lose.
+
+    Raises:
+        InputError: names such a layer.
+    """
+    for part in PARTS:
+        if (module := getattr(pipeline, part, None)) is not None:
+            check_weights_are_here(part, plain_module(module))
+            check_no_foreign_adapter(part, plain_module(module))
 
 
 def smallest_rank(kept: Tensor, energy: float) -> int:
@@ -172,36 +256,39 @@ def save_for_peft(pipeline: StableDiffusionPipeline, folder: Path) -> list[str]:
     Raises:
         InputError: several adapters, or a rotation by half a turn, which no skew matrix gives.
     """
-    with adapters_in_place(pipeline) as state:
-        at_work = state.at_work()
-        if len(at_work) != 1:
-            raise InputError(
-                f"a peft folder holds one adapter, at work are {', '.join(at_work) or 'none'}; mix them first"
-            )
-        (name,) = at_work
-        for part, holder in state.holders.items():
-            if name not in holder.peft_config:
-                continue
-            is_boft = holder.peft_type == PeftType.BOFT
-            tensors = {}
-            for layer_name, layer in state.layers(part):
-                key = f"base_model.model.{layer_name}"
-                if is_boft and name in layer.boft_R:
-                    tensors[f"{key}.boft_R"] = _composed(layer, name, layer_name)
-                    tensors[f"{key}.boft_s"] = layer.scales([name])
-                elif not is_boft and name in layer.lora_A:
-                    tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].weight
-                    tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].weight * state.strengths[name]
-            config = holder.peft_config[name]
+    check_nothing_foreign(pipeline)
+    states = adapted_parts(pipeline)
+    at_work = list(dict.fromkeys(name for state in states.values() for name in state.at_work()))
+    if len(at_work) != 1:
+        raise InputError(
+            f"a peft folder holds one adapter, at work are {', '.join(at_work) or 'none'}; mix them first"
+        )
+    (name,) = at_work
+    written = {}
+    for part, state in states.items():
+        if name not in state.at_work():
+            continue
+        is_boft = state.kind == PeftType.BOFT
+        tensors = {}
+        for layer_name, layer in state.layers_of(name).items():
+            key = f"{PREFIX}{layer_name}"
             if is_boft:
-                config = replace(config, boft_n_butterfly_factor=1, boft_dropout=0.0, **_blocks(tensors))
-            if biases := state.current_biases(part, name):
-                tensors |= {f"base_model.model.{key}": bias for key, bias in biases.items()}
-                config = replace(config, bias="all")
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(tensors, folder / part / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            config.save_pretrained(str(folder / part))
+                tensors[f"{key}.boft_R"] = _composed(layer, name, layer_name)
+                tensors[f"{key}.boft_s"] = layer.scales([name])
+            else:
+                tensors[f"{key}.lora_A.weight"] = layer.lora_A[name].weight
+                tensors[f"{key}.lora_B.weight"] = layer.lora_B[name].weight * state.strengths[name]
+        config = state.holder.peft_config[name]
+        if is_boft:
+            config = replace(config, boft_n_butterfly_factor=1, boft_dropout=0.0, **_blocks(tensors))
+        if biases := state.current_biases(name):
+            tensors |= {f"{PREFIX}{key}": bias for key, bias in biases.items()}
+            config = replace(config, bias="all")
+        written[part] = config, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    for part, (config, tensors) in written.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / part / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder / part))
     return [
         "the strength: it is in the numbers now, and stock peft has none for BOFT",
         "the factors, if there were several: the same rotation is written as one factor of larger blocks",
@@ -248,6 +335,6 @@ def _rounding(precision: str) -> list[str]:
 
 
 def _lost_biases(pipeline: StableDiffusionPipeline) -> list[str]:
-    with adapters_in_place(pipeline) as state:
-        count = len({place for name in state.at_work() for place in state.shifts[name]})
+    count = sum(len({layer for name in state.at_work() for layer in state.shifts[name]})
+                for state in adapted_parts(pipeline).values())  # fmt: skip
     return [f"{count} trained biases"] if count else []

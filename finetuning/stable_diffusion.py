@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -34,6 +34,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER  # noqa: E40
 from .base_layout import foreign_unet, variant_hint  # noqa: E402
 from .config import InputError  # noqa: E402
 from .family import Condition  # noqa: E402
+from .fingerprint import Fingerprint  # noqa: E402
 from .frame import Frame  # noqa: E402
 from .process import Diffusion  # noqa: E402
 from .schedulers import check_kind, scheduler_class  # noqa: E402
@@ -63,7 +64,6 @@ class StableDiffusion:
         name: folder or hub name; revision: branch or commit, None = main.
         scheduler: the model's own sampler.
         noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
-        fingerprint: a short hash of the weights as they were loaded, whatever their folder is called.
         cuts_prompts: prompts that are too long for the text encoder are cut to what it reads; otherwise an error.
     """
 
@@ -75,7 +75,6 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     noise_schedule: DDPMScheduler
-    fingerprint: str = ""
     cuts_prompts: bool = False
 
     denoiser_part: ClassVar[str] = "unet"
@@ -84,12 +83,11 @@ class StableDiffusion:
 
     def __post_init__(self):
         self.process = Diffusion(self.noise_schedule.alphas_cumprod, self.prediction_type)
-        digest = hashlib.sha256()
-        for part in (self.text_encoder, self.vae, self.unet):
-            for name, parameter in part.named_parameters():
-                few = parameter.detach().flatten()[:4].float().cpu()
-                digest.update(name.encode() + few.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """A short hash of the model as it was loaded, whatever its folder is called. Reads all weights once."""
+        return Fingerprint.of(self)
 
     @property
     def vae_scale(self) -> int:
@@ -237,6 +235,7 @@ class StableDiffusion:
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
+        _ = self.fingerprint  # of the weights as they were loaded
         for part, to in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
             part.requires_grad_(False).eval().to(device, to)
         self.process = self.process.to(device)

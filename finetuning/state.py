@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .averages import Averages
 from .checkpoint import STATE, load_state, save_state
 from .config import Config, InputError, contradictions
+from .fingerprint import Fingerprint
 
 
 @dataclass
@@ -37,7 +38,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     config: Config
-    weights: str
+    weights: Fingerprint
     data: str
     data_flag: str
     total_batch: int
@@ -61,7 +62,7 @@ class TrainingState:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "averages": None if self.averages is None else self.averages.state_dict(),
             "config": self.config.as_dict(),
-            "weights": self.weights,
+            "weights": str(self.weights),
             "data": self.data,
             "total_batch": self.total_batch,
         }
@@ -123,7 +124,7 @@ class TrainingState:
         if type(step) is not int or step < 0 or (named and step != int(named[1])):
             raise ValueError(f"it says that it is of step {step!r:.20}")
         faults = contradictions(state["config"], self.config, (*replaced, *may_change))
-        if state["weights"] != self.weights:
+        if not self.weights.matches(state["weights"]):
             faults.append("--pretrained_model_name_or_path: the checkpoint belongs to another base model")
         if state["data"] != self.data:
             faults.append(f"{self.data_flag}: the checkpoint was made with other images or captions")

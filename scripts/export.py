@@ -7,8 +7,8 @@
     python scripts/export.py --format peft --adapter data/output/dreambooth:0.8 --output mug-for-peft
 
 single-file: one checkpoint in the original layout of Stable Diffusion 1.x or 2.x (`from_single_file`, web interfaces);
-lora: the closest LoRA, with kohya's names (`load_lora_weights`, web interfaces), which takes far higher ranks than
-LoRA is trained with, for a rotation is not of low rank; peft: a folder for stock peft.
+lora: kohya's names (`load_lora_weights`, web interfaces): a LoRA as it is; of BOFT the closest LoRA, which takes far
+higher ranks than LoRA is trained with, for a rotation is not of low rank; peft: a folder for stock peft.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ class ExportSettings(Group):
     format: str | None = setting(None, "What to write.", choices=FORMATS)
     output: str | None = setting(None, "The file (single-file and lora: .safetensors) or the folder (peft).")
     rank: str = setting("auto", "lora: rank of every layer, or auto = the smallest that keeps --energy of it.")
-    energy: float = setting(0.95, "lora: share of a layer's squared change that auto keeps.", above=0, maximum=1)
+    energy: float | None = setting(
+        None,
+        "lora: share of a layer's squared change that auto keeps. None = 0.95, and all of a LoRA.",
+        above=0,
+        maximum=1,
+    )
     precision: str = setting(
         "fp32", "Of the stored numbers; an adapter for peft is always fp32.", choices=tuple(DTYPES)
     )
@@ -52,7 +57,7 @@ class ExportSettings(Group):
             yield f"--rank={self.rank}: must be auto or a whole number, 1 or more"
         if self.format != "lora" and self.rank != "auto":
             yield f"--rank={self.rank}: belongs to --format=lora"
-        if self.rank != "auto" and self.energy != 0.95:
+        if self.rank != "auto" and self.energy is not None:
             yield f"--energy={self.energy}: has no effect with --rank={self.rank}; drop one of the two"
         if self.format == "peft" and self.precision != "fp32":
             yield f"--precision={self.precision}: an adapter for peft is always fp32; drop the flag"
@@ -91,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         lost = save_for_peft(pipeline, output)
         use = f'PeftModel.from_pretrained(pipeline.unet, "{output}/unet")'
-    print("\n".join(f"lost: {text}" for text in lost))
+    print("\n".join(f"lost: {text}" for text in lost) or "nothing lost")
     print(f"written: {output}\nto use it: {use}")
 
 

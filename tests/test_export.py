@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_inference import MAKERS, answer, write_run
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from boft.layer import BOFTLayer
 from finetuning.adapter import ADAPTER_WEIGHTS, add_boft, add_lora
 from finetuning.config import InputError, run_command
 from finetuning.export import (
@@ -164,6 +165,39 @@ def test_a_lora_of_full_rank_is_the_adapter_and_a_cut_one_keeps_what_it_says(kin
         scale = tensors[f"{key}.alpha"] / row.rank
         share = 1 - (change - scale * up @ down).square().sum() / change.square().sum()
         assert share == pytest.approx(row.energy, abs=1e-4) and row.energy >= 0.8
+
+
+def test_an_export_computes_each_rotated_weight_once(toy_base, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", toy_base, MAKERS["boft everywhere"])
+    computed = []
+    rotate = BOFTLayer.effective_weight
+
+    def counted(layer, *arguments):
+        computed.append(id(layer.get_base_layer()))
+        return rotate(layer, *arguments)
+
+    monkeypatch.setattr(BOFTLayer, "effective_weight", counted)
+    assert script(export, "--format", "lora", "--adapter", run, "--output", tmp_path / "mug.safetensors") == 0
+    report = [key for key in load_file(tmp_path / "mug.safetensors") if key.endswith(".alpha")]
+    assert len(computed) == len(set(computed)) == len(report) > 40
+
+
+def test_export_says_that_a_lora_loses_nothing(toy_base, tmp_path, capsys):
+    run = write_run(tmp_path / "run", toy_base, MAKERS["lora"])
+    flags = ("--format", "lora", "--adapter", run, "--output")
+    assert script(export, *flags, tmp_path / "lora.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "nothing lost" in said and "lost:" not in said
+    stored = load_file(run / "unet" / ADAPTER_WEIGHTS)
+    written = {key: tensor for key, tensor in load_file(tmp_path / "lora.safetensors").items() if "_te_" not in key}
+    for key, tensor in stored.items():
+        layer, matrix = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        name = f"{kohya_name('unet', layer)}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"
+        assert torch.equal(written.pop(name), tensor)
+    assert {float(tensor) for tensor in written.values()} == {3.0}  # alpha
+
+    assert script(export, *flags, tmp_path / "cut.safetensors", "--energy", 0.5) == 0
+    assert "squared change of the weights" in capsys.readouterr().out
 
 
 def test_the_rank_that_reaches_a_share():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from finetuning.adapter import add_boft, add_lora
 from finetuning.config import InputError
 from finetuning.inference import (
+    adapted_parts,
     get_strengths,
     load_adapter,
     load_base,
@@ -185,10 +186,10 @@ def test_boft_and_lora_go_together_once_one_is_merged(runs, toy_base, pipeline):
 
 def test_a_part_and_a_checkpoint_can_be_loaded_too(runs, pipeline, tmp_path):
     load_adapter(pipeline, runs["boft"] / "unet")
-    assert set(pipeline._adapters.holders) == {"unet"}
+    assert set(adapted_parts(pipeline)) == {"unet"}
     unload_adapter(pipeline)
     load_adapter(pipeline, runs["boft"] / "text_encoder")
-    assert set(pipeline._adapters.holders) == {"text_encoder"}
+    assert set(adapted_parts(pipeline)) == {"text_encoder"}
     unload_adapter(pipeline)
     checkpoint = tmp_path / "run" / "checkpoint-4"
     shutil.copytree(runs["boft"], checkpoint)
