@@ -4,7 +4,9 @@ transformers after `add_adapter`."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from peft import PeftModel, inject_adapter_in_model
@@ -25,11 +27,17 @@ def set_strength(model: nn.Module, strength: float | Sequence[float], adapter_na
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: If no layer has the adapter, if it is merged, or if the sequence does not have m numbers.
+        ValueError: If no layer has the adapter, if it is merged, if a number is not finite, or if the sequence does
+            not have m numbers. No layer is changed then.
     """
     layers = [layer for _, layer in _layers(model) if adapter_name in layer.boft_R]
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} is on no BOFT layer of {type(model).__name__}")
+    for layer in layers:
+        if isinstance(strength, Sequence):
+            layer.checked_factor_scale(adapter_name, strength)
+        else:
+            layer.checked_scale(adapter_name, strength)
     for layer in layers:
         if isinstance(strength, Sequence):
             layer.set_factor_scale(adapter_name, strength)
@@ -67,30 +75,62 @@ def add_weighted_adapter(
 
     config = replace(
         configs[adapters[0]],
-        target_modules=targets,
+        target_modules=_exactly(_host(model), targets),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         bias="none",
     )
     tuner = model.base_model if isinstance(model, PeftModel) else model
-    if isinstance(tuner, BaseTuner):
-        tuner.peft_config[adapter_name] = config
-        tuner.inject_adapter(tuner.model, adapter_name)
-    else:
-        active = {name: list(layer.active_adapters) for name, layer in _layers(model)}
-        inject_adapter_in_model(config, model, adapter_name)
-        for name, layer in _layers(model):
-            layer.set_adapter(active.get(name, []))
-    for _, layer in _layers(tuner):
-        if adapter_name in layer.boft_R:
-            layer.combine(adapters, weights, adapter_name)
+    with _taken_back_if_it_fails(model, adapter_name):
+        if isinstance(tuner, BaseTuner):
+            tuner.peft_config[adapter_name] = config
+            tuner.inject_adapter(tuner.model, adapter_name)
+        else:
+            active = {name: list(layer.active_adapters) for name, layer in _layers(model)}
+            inject_adapter_in_model(config, model, adapter_name)
+            for name, layer in _layers(model):
+                layer.set_adapter(active.get(name, []))
+        for _, layer in _layers(tuner):
+            if adapter_name in layer.boft_R:
+                layer.combine(adapters, weights, adapter_name)
+
+
+@contextmanager
+def _taken_back_if_it_fails(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Takes a new adapter off the model again if an error ends the block."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = {layer: layer.active_adapters for _, layer in _layers(model)}
+    try:
+        yield
+    except BaseException:
+        for layer, names in active.items():
+            if adapter_name in layer.boft_R:
+                layer.delete_adapter(adapter_name)
+            layer._active_adapter = names
+        model.peft_config.pop(adapter_name, None)
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _exactly(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """Targets of a configuration that are these modules and no others: their names or, where another module's name
+    ends like one of them, which peft would take as well, a regular expression."""
+    endings, wanted = tuple(f".{name}" for name in names), set(names)
+    if any(name.endswith(endings) and name not in wanted for name, _ in model.named_modules()):
+        return f"({'|'.join(map(re.escape, names))})"
+    return list(names)
+
+
+def _host(model: nn.Module) -> nn.Module:
+    """The model whose modules the targets of a configuration name."""
+    host = model.base_model if isinstance(model, PeftModel) else model
+    return host.model if isinstance(host, BaseTuner) else host
 
 
 def _layers(model: nn.Module) -> list[tuple[str, BOFTLayer]]:
-    host = model.base_model if isinstance(model, PeftModel) else model
-    host = host.model if isinstance(host, BaseTuner) else host
-    return [(name, layer) for name, layer in host.named_modules() if isinstance(layer, BOFTLayer)]
+    return [(name, layer) for name, layer in _host(model).named_modules() if isinstance(layer, BOFTLayer)]
 
 
 def _same_shapes(model: nn.Module, adapters: Sequence[str]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from boft.functional import output_size, rotated_convolution, rotated_weight
-from boft.layer import BOFTLayer, compute_dtype
-from boft.rotation import rotate_weight
+from boft.base_layer import has_hooks
+from boft.functional import output_size, rotated_convolution
+from boft.layer import BOFTLayer, compute_dtype, mixes_dtypes
 
 
 class Conv2d(nn.Module, BOFTLayer):
@@ -43,15 +43,42 @@ class Conv2d(nn.Module, BOFTLayer):
         """(N, C, H, W) or (C, H, W) -> the same with the convolution's output size, in the dtype of x."""
         return BOFTLayer.forward(self, x, *args, **kwargs)
 
-    def adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
+    def adapted(self, x: Tensor, adapters: list[str], *args, **kwargs) -> Tensor:
         """The output with adapters that have some strength."""
-        base = self.get_base_layer()
-        if not (self.trains(adapters) or torch.compiler.is_compiling()):
-            return base._conv_forward(x, self.frozen_weight(adapters), base.bias)
-        self.rotated_weight.forget()
+        trains = self.trains(adapters)
+        if trains:
+            self.rotated_weight.forget()
+        if not self.base_is_plain():
+            return self.through_base_layer(x, adapters, *args, **kwargs)
+        if trains or torch.compiler.is_compiling():
+            return self.differentiable(x, adapters)
+        return self.product_with(x, self.weight_for(x, adapters))
+
+    def differentiable(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """The output of a plain base layer, with gradients."""
         if self._prefers_patches(x, adapters):
             return self._through_patches(x, adapters[0])
-        return base._conv_forward(x, self._differentiable_weight(adapters), base.bias)
+        dtype = x.dtype if mixes_dtypes(x, self.get_base_layer().weight) else None
+        return self.product_with(x, self.differentiable_weight(adapters, dtype))
+
+    def product_with(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution with a weight in the place of its own, in the dtype of x, or in that of autocast."""
+        base = self.get_base_layer()
+        bias = base.bias
+        if mixes_dtypes(x, weight):
+            weight = weight.to(x.dtype)
+        if bias is not None and mixes_dtypes(x, bias):
+            bias = bias.to(x.dtype)
+        return base._conv_forward(x, weight, bias)
+
+    def base_is_plain(self) -> bool:
+        """Whether the base layer is no more than a convolution with its weight."""
+        base = self.base_layer
+        return type(base).forward is nn.Conv2d.forward and is_standard(type(base)) and not has_hooks(base)
+
+    def standard_forward(self) -> Callable | None:
+        """The forward of which `differentiable` is the adapted form; None if the base layer has another."""
+        return nn.Conv2d.forward if is_standard(type(self.base_layer)) else None
 
     def _prefers_patches(self, x: Tensor, adapters: Sequence[str]) -> bool:
         """Whether the output has so few positions that its patches are smaller than the filters."""
@@ -68,12 +95,7 @@ class Conv2d(nn.Module, BOFTLayer):
         blocks, divides = self.blocks_for(adapter, dtype), self.solved.divides
         return rotated_convolution(x.to(dtype), blocks, W, s, bias, base, divides)
 
-    def _differentiable_weight(self, adapters: list[str]) -> Tensor:
-        base = self.get_base_layer()
-        W, s = self._as_rows(base.weight), self.scales(adapters)
-        if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
-            blocks = self.blocks_for(adapters[0], W.dtype)
-            return self._from_rows(rotated_weight(blocks, W, s, self.solved.divides))
-        for name in adapters:
-            W = rotate_weight(W, self.blocks_for(name, W.dtype))
-        return self._from_rows((W * s.view(-1, 1)).to(W.dtype))
+
+def is_standard(layer_class: type[nn.Conv2d]) -> bool:
+    """Whether a class convolves as torch does, once its forward has been called."""
+    return layer_class._conv_forward is nn.Conv2d._conv_forward

@@ -1,4 +1,4 @@
-"""What the layers that replace a model's own share: parameters, strength, dropout, and merging.
+"""What the layers that replace a model's own share: parameters, strength, dropout. Merging is in `boft.merging`.
 
 A layer holds the parameters of its adapters and decides how to reach the output: through the base layer (disabled,
 merged, or nothing to apply), or in the `adapted` of `boft.linear` and `boft.convolution`: through a cached rotated
@@ -7,22 +7,26 @@ weight where nothing trains, else through a differentiable product of `boft.func
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
+from boft.base_layer import call_base_layer
+from boft.functional import rotated_weight
 from boft.memory import RotatedWeight, Solved
+from boft.merging import MergingLayer
+from boft.mixed_batch import mixed_batch
 from boft.rotation import dtype_of_products, rotate_weight
 from boft.shape import resolve
 from boft.super_blocks import super_blocks
+from boft.switching import SwitchingLayer
 
 
-class BOFTLayer(BaseTunerLayer):
+class BOFTLayer(MergingLayer, SwitchingLayer):
     """What both layers share: parameters, strength, dropout, merging.
 
     Parameters of an adapter, under peft's names and in peft's shapes, at least float32:
@@ -39,7 +43,8 @@ class BOFTLayer(BaseTunerLayer):
     keep_rotated_weight = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs) -> None:
-        super().__init__()
+        MergingLayer.__init__(self)
+        SwitchingLayer.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.boft_R = nn.ParameterDict({})
@@ -48,11 +53,10 @@ class BOFTLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.factor_scaling: dict[str, tuple[float, ...] | None] = {}
         self.frozen_peft_weight_names = {}  # adapter -> names of its parameters that do not learn
-        self._disable_adapters = False
-        self.merged_adapters = []
+        # Of peft and diffusers. No input is cast to the dtype of the weight here, so that there is nothing to disable.
+        self.cast_input_dtype_enabled = True
         self.solved = Solved()
         self.rotated_weight = RotatedWeight()
-        self._unmerged_weight = None  # the base weight as it was, while an adapter is merged
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -104,13 +108,32 @@ class BOFTLayer(BaseTunerLayer):
                 moved = parameter.detach().to(device or parameter.device, dtype)
                 parameters[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
+    def cast_to_base_dtype(self, adapter_name: str) -> None:
+        """Puts the parameters of an adapter into the dtype of the base layer, if it is a float of 16 bits or more."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            return
+        for parameters in (self.boft_R, self.boft_s):
+            parameter = parameters[adapter_name]
+            if parameter.dtype != dtype:
+                cast = parameter.detach().to(dtype)
+                parameters[adapter_name] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
+
     # Strength
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Strength α along the rotation: S → α S, s → 1 + α (s - 1). Orthogonal for every α; 0 is the base model."""
+        """Strength α along the rotation: S → α S, s → 1 + α (s - 1). Orthogonal for every α; 0 is the base model.
+
+        Raises:
+            ValueError: If the adapter is merged, or if the strength is not finite.
+        """
         if adapter in self.scaling:
-            self._refuse_while_merged(adapter, "set_scale")
-            self.scaling[adapter] = float(scale)
+            self.scaling[adapter] = self.checked_scale(adapter, scale)
+
+    def checked_scale(self, adapter: str, scale: float) -> float:
+        """The strength as `set_scale` stores it; raises what it would raise."""
+        self._refuse_while_merged(adapter, "set_scale")
+        return finite_strength(adapter, scale)
 
     def set_factor_scale(self, adapter: str, scales: Sequence[float] | None) -> None:
         """Strength of each factor, B_0 first, on top of the adapter's own; None resets them.
@@ -118,17 +141,20 @@ class BOFTLayer(BaseTunerLayer):
         Zeros remove factors one by one, the paper's weight interpolation (Figure 10). s is left alone.
 
         Raises:
-            ValueError: If the number of values is not m.
+            ValueError: If the number of values is not m, or if one is not finite.
         """
-        if adapter not in self.boft_R:
-            return
+        if adapter in self.boft_R:
+            self.factor_scaling[adapter] = self.checked_factor_scale(adapter, scales)
+
+    def checked_factor_scale(self, adapter: str, scales: Sequence[float] | None) -> tuple[float, ...] | None:
+        """The strengths as `set_factor_scale` stores them; raises what it would raise."""
         self._refuse_while_merged(adapter, "set_factor_scale")
         m = self.boft_R[adapter].shape[0]
         if scales is not None and len(scales) != m:
             raise ValueError(
                 f"factor strengths {list(scales)}: adapter {adapter!r} has m={m} factors, give {m} values"
             )
-        self.factor_scaling[adapter] = None if scales is None else tuple(float(scale) for scale in scales)
+        return None if scales is None else tuple(finite_strength(adapter, scale) for scale in scales)
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters."""
@@ -178,12 +204,14 @@ class BOFTLayer(BaseTunerLayer):
         return [name for name in self.active_adapters if self.scaling.get(name)]
 
     def trains(self, adapters: Sequence[str]) -> bool:
-        """Whether gradients flow into the adapters, or dropout makes every call another."""
+        """Whether gradients flow into the adapters or the base weight, or dropout makes every call another."""
         if any(self.drops(name) for name in adapters):
             return True
-        return torch.is_grad_enabled() and any(
-            parameter.requires_grad for name in adapters for parameter in self.parameters_of(name)
-        )
+        if not torch.is_grad_enabled():
+            return False
+        if any(parameter.requires_grad for name in adapters for parameter in self.parameters_of(name)):
+            return True
+        return self.get_base_layer().weight.requires_grad
 
     def drops(self, adapter: str) -> bool:
         """Whether multiplicative dropout is at work."""
@@ -231,13 +259,21 @@ class BOFTLayer(BaseTunerLayer):
             result = s if result is None else result * s
         return result
 
-    def effective_weight(self, adapters: Sequence[str]) -> Tensor:
-        """diag(s) W Bᵀ over all given adapters, in the shape of the base weight; rotated in float32, then cast."""
-        base = self.get_base_weight()
+    def effective_weight(
+        self, adapters: Sequence[str], base: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """diag(s) W Bᵀ over all given adapters, in the shape of the base weight; rotated in float32, then cast.
+
+        Args:
+            adapters: Names of the adapters, one or more.
+            base: W; None = the base weight as it is.
+            dtype: Of the result; None = that of the base weight.
+        """
+        base = self.get_base_weight() if base is None else base
         W = at_least_float32(self._as_rows(base))  # (o, d)
         for name in adapters:
             W = rotate_weight(W, self.super_blocks(name))
-        return self._from_rows(W * self.scales(adapters).view(-1, 1)).to(base.dtype)
+        return self._from_rows(W * self.scales(adapters).view(-1, 1)).to(dtype or base.dtype)
 
     def frozen_weight(self, adapters: Sequence[str]) -> Tensor:
         """The effective weight, kept from call to call while nothing that it was made of changes."""
@@ -250,85 +286,59 @@ class BOFTLayer(BaseTunerLayer):
                 self.rotated_weight.keep(self, adapters, weight)
         return weight
 
+    def weight_for(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """The effective weight while nothing trains, in the dtype in which it multiplies x."""
+        base = self.get_base_layer().weight
+        if not mixes_dtypes(x, base):
+            return self.frozen_weight(adapters)
+        with torch.no_grad():
+            return self.effective_weight(adapters, dtype=x.dtype)
+
+    def differentiable_weight(self, adapters: Sequence[str], dtype: torch.dtype | None = None) -> Tensor:
+        """The effective weight, with gradients of the adapters and of the base weight, as far as they train."""
+        W, s = self._as_rows(self.get_base_layer().weight), self.scales(adapters)
+        W = W if dtype is None else W.to(dtype)
+        if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
+            blocks = self.blocks_for(adapters[0], W.dtype)
+            return self._from_rows(rotated_weight(blocks, W, s, self.solved.divides))
+        for name in adapters:
+            W = rotate_weight(W, self.blocks_for(name, W.dtype))
+        return self._from_rows((W * s.view(-1, 1)).to(W.dtype))
+
     # The call
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The base layer's output with its weight rotated and scaled, in the dtype of x."""
+    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
+        """The base layer's output with its weight rotated and scaled, in the dtype of x.
+
+        `adapter_names`: the adapter of each element of the batch, see `boft.mixed_batch`.
+        """
+        if adapter_names is not None:
+            return mixed_batch(self, x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.applied_adapters()
         if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(x, *args, **kwargs).to(x.dtype)
+            return self.unadapted(x, *args, **kwargs)
         self.solved.check_grad_mode()
-        return self.adapted(x, adapters).to(x.dtype)
+        return self.adapted(x, adapters, *args, **kwargs).to(x.dtype)
 
-    # Merging
+    def unadapted(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The base layer's output, in the dtype of x, in which a plain layer multiplies, too."""
+        if self.base_is_plain() and mixes_dtypes(x, weight := self.base_layer.weight):
+            return self.product_with(x, weight).to(x.dtype)
+        return self.base_layer(x, *args, **kwargs).to(x.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the rotated weight in the place of the base weight. Computed in float32, then cast.
-
-        The base weight is kept beside it until `unmerge`, which puts it back bit for bit; that costs one copy of it.
-
-        Args:
-            safe_merge: Look for values that are not finite first.
-            adapter_names: Which adapters; None = the active ones.
-
-        Raises:
-            TypeError: If the base layer is quantized in a format that cannot be written.
-            ValueError: With `safe_merge`, if the merged weight is not finite. The layer is left as it was.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.boft_R]
-        if not names:
-            return
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise TypeError(f"BOFT cannot merge into {backend.backend_name} weights; use the adapter unmerged")
-
-        merged = [*self.merged_adapters, *names]
-        kept = self._unmerged_weight
-        if kept is not None:  # start from the base weight again: nothing is rounded twice
-            self._restore(kept)
-        kept = self._keep()
-        with torch.no_grad():
-            applied = [name for name in merged if self.scaling[name] != 0]
-            weight = self.effective_weight(applied) if applied else self.get_base_weight().clone()
-            if safe_merge and not torch.isfinite(weight).all():
-                raise ValueError(f"adapter {', '.join(names)!r}: the merged weight is not finite, nothing was merged")
-            self.set_base_weight(weight)
-        self._unmerged_weight = kept
-        self.merged_adapters = merged
-        self.rotated_weight.forget()
-
-    def unmerge(self) -> None:
-        """Puts the base weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore(self._unmerged_weight)
-        self._unmerged_weight = None
-        self.merged_adapters = []
-
-    def _keep(self):
-        """The base weight as it is: the tensor, or the layer and all that it derives from its quantized weight."""
-        base = self.get_base_layer()
-        if self.quantization_backend is None:
-            return base.weight.data
-        weight, state = getattr(base, "weight", None), getattr(base, "state", None)
-        attributes = {} if weight is None else dict(vars(weight))
-        return self.base_layer, weight, attributes, {} if state is None else dict(vars(state))
-
-    def _restore(self, kept) -> None:
-        if self.quantization_backend is None:
-            weight = self.get_base_layer().weight
-            weight.data = kept.to(weight.device, weight.dtype)
-            return
-        self.base_layer, weight, attributes, state = kept
-        if weight is not None:
-            vars(weight).update(attributes)
-            self.get_base_layer().weight = weight
-        if state:
-            vars(self.get_base_layer().state).clear()
-            vars(self.get_base_layer().state).update(state)
+    def through_base_layer(self, x: Tensor, adapters: Sequence[str], *args, **kwargs) -> Tensor:
+        """The output of a base layer with hooks or a forward of its own."""
+        return call_base_layer(
+            self.base_layer,
+            self.standard_forward(),
+            lambda x: self.differentiable(x, adapters),
+            lambda: self.differentiable_weight(adapters),
+            x,
+            *args,
+            **kwargs,
+        )
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
@@ -353,6 +363,18 @@ def draw_kept_blocks(R: Tensor, p: float) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor, or a float32 copy of one in half precision."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def finite_strength(adapter: str, strength: float) -> float:
+    """A strength as a float. Raises ValueError if it is not finite."""
+    if not math.isfinite(strength):
+        raise ValueError(f"strength {strength} of adapter {adapter!r} must be a finite number")
+    return float(strength)
+
+
+def mixes_dtypes(x: Tensor, weight: Tensor) -> bool:
+    """Whether a weight has to be cast to multiply x: they multiply in the dtype of x, or in that of autocast."""
+    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

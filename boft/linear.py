@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, Conv1D
 from torch import Tensor, nn
 
+from boft.base_layer import has_hooks
 from boft.functional import linear_reference, rotated_linear, scale_output
-from boft.layer import BOFTLayer, compute_dtype
+from boft.layer import BOFTLayer, compute_dtype, mixes_dtypes
 from boft.rotation import apply_blocks, dtype_of_products
 
 
@@ -36,10 +40,12 @@ class Linear(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., d) -> (..., o), in the dtype of x."""
-        if self.disable_adapters or self.merged:  # perhaps since the hook ran
+        if kwargs or self.disable_adapters or self.merged:  # perhaps since the hook ran
             return BOFTLayer.forward(self, x, *args, **kwargs)
-        if self.rotated_weight.serves() and self._base_is_plain():
-            return self._linear(x, self.rotated_weight.weight).to(x.dtype)
+        if self.rotated_weight.serves() and self.base_is_plain():
+            if not mixes_dtypes(x, weight := self.rotated_weight.weight):
+                return self.product_with(x, weight).to(x.dtype)
+            return BOFTLayer.forward(self, x, *args, **kwargs)
         self.solved.check_grad_mode()
         product, dtype = self.solved.product(), compute_dtype(x)
         if product is not None and product[0].dtype == dtype_of_products(dtype, x.device):
@@ -50,20 +56,19 @@ class Linear(nn.Module, BOFTLayer):
             return y.to(x.dtype)
         return BOFTLayer.forward(self, x, *args, **kwargs)
 
-    def adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
+    def adapted(self, x: Tensor, adapters: list[str], *args, **kwargs) -> Tensor:
         """The output with adapters that have some strength."""
         trains = self.trains(adapters)
         if trains:
             self.rotated_weight.forget()
-        if not self._base_is_plain():
-            y = self._through_base_layer(x, adapters)
-        elif trains or torch.compiler.is_compiling():
-            y = self._differentiable(x, adapters)
-        else:
-            y = self._linear(x, self.frozen_weight(adapters))
-        return y
+        if not self.base_is_plain():
+            return self.through_base_layer(x, adapters, *args, **kwargs)
+        if trains or torch.compiler.is_compiling():
+            return self.differentiable(x, adapters)
+        return self.product_with(x, self.weight_for(x, adapters))
 
-    def _differentiable(self, x: Tensor, adapters: list[str]) -> Tensor:
+    def differentiable(self, x: Tensor, adapters: list[str]) -> Tensor:
+        """The output of a plain base layer, with gradients."""
         base = self.get_base_layer()
         dtype = compute_dtype(x)
         x, W = x.to(dtype), self._as_rows(base.weight).to(dtype)
@@ -77,38 +82,47 @@ class Linear(nn.Module, BOFTLayer):
 
     def prepare_product(self, blocks: Tensor, s: Tensor, R: Tensor) -> None:
         base = self.base_layer
-        if self._base_is_plain() and not (W := base.weight).requires_grad:
+        if self.base_is_plain() and not (W := base.weight).requires_grad:
             self.solved.put_product(blocks, self._as_rows(W), s, base.bias, R if R.shape[0] == 1 else None)
 
-    def _through_base_layer(self, x: Tensor, adapters: list[str]) -> Tensor:
-        """For base layers that must be called: quantized ones, and those with hooks or a forward of their own."""
+    def through_base_layer(self, x: Tensor, adapters: list[str], *args, **kwargs) -> Tensor:
+        if self.quantization_backend is None and not isinstance(self.base_layer, BaseTunerLayer):
+            return BOFTLayer.through_base_layer(self, x, adapters, *args, **kwargs)
+        # Quantized, or with an adapter of another method, on top of which this one rotates.
         z = x.to(compute_dtype(x))
         for name in reversed(adapters):
             z = apply_blocks(z, self.blocks_for(name, z.dtype))
-        u = self.base_layer(z)
+        u = self.base_layer(z, *args, **kwargs)
         bias = self.get_base_layer().bias
         return scale_output(u, self.scales(adapters).flatten(), None if bias is None else bias.to(u.dtype))
 
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product_with(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product with a weight in the place of the base layer's, in the dtype of x, or in that of autocast."""
         bias = self.get_base_layer().bias
+        if mixes_dtypes(x, weight):
+            weight = weight.to(x.dtype)
+        if bias is not None and mixes_dtypes(x, bias):
+            bias = bias.to(x.dtype)
         if self.fan_in_fan_out:  # as transformers' Conv1D does it
             return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
         return F.linear(x, weight, bias)
 
-    def _base_is_plain(self) -> bool:
+    def base_is_plain(self) -> bool:
         """Whether the base layer is no more than a product with its weight."""
         base = self.base_layer
         return (
             self.quantization_backend is None
-            and (type(base).forward is nn.Linear.forward or is_conv1d(base))
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and not has_hooks(base)
         )
+
+    def standard_forward(self) -> Callable:
+        """The forward of which `differentiable` is the adapted form."""
+        return Conv1D.forward if is_conv1d(self.base_layer) else nn.Linear.forward
 
 
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether a layer is transformers' `Conv1D`, a linear layer that stores its weight as (in, out)."""
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(layer, Conv1D)
 
 

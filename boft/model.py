@@ -1,27 +1,32 @@
-"""The tuner: which layer replaces which module, loading, and combinations of adapters."""
+"""The tuner: puts layers in the place of modules, loads, merges and combines adapters."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
 from boft.combination import add_weighted_adapter
 from boft.config import check_adapter_name
-from boft.convolution import Conv2d
 from boft.layer import BOFTLayer
 from boft.linear import Linear, is_conv1d
+from boft.mixed_batch import adapters_of_the_batch
 from boft.shape import resolve
 from boft.solver import RotationSolver
-
-SUPPORTED = "torch.nn.Linear, torch.nn.Conv2d, transformers' Conv1D and quantized linear layers"
+from boft.targets import (
+    SUPPORTED,
+    boft_layers,
+    call_me,
+    check_targets,
+    layer_class_for,
+    naming,
+    note_other_places,
+    tuner_layers,
+)
 
 
 class BOFTModel(BaseTuner):
@@ -43,42 +48,33 @@ class BOFTModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
-            if state_dict is None:
-                self._check_targets(model, _maybe_include_all_linear_layers(config, model))
+            check_targets(model, self._targets(model, config, state_dict), config, shapes=state_dict is None)
         except (TypeError, ValueError):
             self.peft_config.pop(adapter_name)  # which peft has entered before, perhaps on the model itself
             raise
+        trained_before = {layer: layer.trained_before for _, layer in boft_layers(model)}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        for layer, trained in trained_before.items():
+            layer.trained_before = trained  # while they are disabled
+        note_other_places(model)
         RotationSolver.attach(model)
 
-    def _check_targets(self, model: nn.Module, config) -> None:
-        """Raises TypeError or ValueError that names every target that cannot be adapted."""
-        shapes, types = {}, []
-        for name, module in model.named_modules():
-            inside_layer = any(isinstance(m, BaseTunerLayer) for m in _ancestors(model, name))
-            if not name or inside_layer or not self._check_target_module_exists(config, name):
-                continue
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            layer_class = layer_class_for(base)
-            if layer_class is None:
-                types.append(f"{name} ({type(base).__name__})")
-                continue
-            d, m = layer_class.rotated_features(base), config.boft_n_butterfly_factor
-            try:
-                resolve(d, config.boft_block_size, config.boft_block_num, m)
-            except ValueError as fault:
-                shapes.setdefault(str(fault), []).append(name)
-        if types:
-            raise TypeError(f"BOFT does not support these targets: {', '.join(types)}. Supported are {SUPPORTED}.")
-        if shapes:
-            faults = [f"{_some(names)}: {fault}" for fault, names in shapes.items()]
-            raise ValueError("BOFT blocks do not fit these modules. " + ". ".join(faults) + ".")
+    def _targets(self, model: nn.Module, config, state_dict) -> list[str]:
+        """Names of the modules that are to be adapted."""
+        config = _maybe_include_all_linear_layers(config, model)
+        if state_dict is not None:
+            stored = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            return [name for name, _ in model.named_modules() if name.removeprefix("_orig_mod.") in stored]
+        names = [name for name, _ in model.named_modules() if name]
+        return [name for name in names if self._check_target_module_exists(config, name)]
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if isinstance(target, BOFTLayer):
             target.update_layer(adapter_name, config)
             return
         layer = self._create_new_module(config, adapter_name, target, **get_quantization_kwargs(self))
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layer.register_forward_pre_hook(call_me)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter does not train by itself
         self._replace_module(parent, target_name, layer, target)
@@ -126,28 +122,83 @@ class BOFTModel(BaseTuner):
         """See `boft.combination.add_weighted_adapter`."""
         add_weighted_adapter(self, adapters, weights, adapter_name)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    # Merging: for all layers, or for none
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the base weights of all layers, see `BOFTLayer.merge`.
+
+        Raises:
+            TypeError, ValueError: If that is impossible for a layer, which is named. No layer is changed then.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Puts the base weights of all layers back, bit for bit.
+
+        Raises:
+            ValueError: If the weight of a layer, which is named, was changed since the merge. No layer is changed.
+        """
+        for name, layer in boft_layers(self.model):
+            with naming(name):
+                layer.check_unmerge()
+        super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         RotationSolver.detach(model)
         return model
 
+    def _check_merge(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names={adapter_names!r} must be a list of names: [{adapter_names!r}]")
+        unknown = sorted(set(adapter_names or []) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
+        note_other_places(self.model)
+        for name, layer in tuner_layers(self.model):
+            if not isinstance(layer, BOFTLayer):
+                if isinstance(layer._modules.get("base_layer"), BOFTLayer):
+                    raise ValueError(
+                        f"{name}: an adapter of another method ({type(layer).__module__}) is on top of the BOFT "
+                        "adapter; both cannot be merged into one weight. Delete that one first, or use both unmerged"
+                    )
+                continue
+            with naming(name), onload_layer(layer):
+                layer.check_merge(safe_merge, adapter_names)
 
-def layer_class_for(base: nn.Module) -> type[BOFTLayer] | None:
-    """The layer that replaces a module, or None if there is none."""
-    if isinstance(base, nn.Linear) or is_conv1d(base):
-        return Linear
-    if isinstance(base, nn.Conv2d):
-        return Conv2d
-    backend = resolve_quantization_backend(base)
-    return Linear if backend is not None and backend.layer_type == "linear" else None
+    # What else peft calls
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float32 (or float64, where the base layer is), or with `autocast_adapter_dtype=False` as the base layer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, layer in boft_layers(self.model):
+            if not autocast_adapter_dtype and adapter_name in layer.boft_R:
+                layer.cast_to_base_dtype(adapter_name)
 
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules between the model and the named one, both excluded."""
-    parts = name.split(".")[:-1]
-    return [model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """Takes the `adapter_names` of a batch from a call of the `PeftModel`."""
+        adapter_names, num_beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets belong to adapters of LoRA; BOFT has none")
+        if adapter_names is None:
+            yield
+            return
+        with adapters_of_the_batch(self.model, BOFTLayer, adapter_names, num_beams or 1):
+            yield
 
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        """The model's forward. `adapter_names`: the adapter of each element of the batch, see `boft.mixed_batch`."""
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with adapters_of_the_batch(self.model, BOFTLayer, adapter_names):
+            return self.model(*args, **kwargs)
