@@ -43,7 +43,7 @@ def test_long_captions_are_refused_or_cut_to_what_the_text_encoder_reads(toy_bas
     assert len(caught.value.faults) == 20
     assert caught.value.faults[0] == "a.txt: a caption of 32 tokens, the model reads 24"
     assert caught.value.faults[-1].endswith("(and 11 more); shorten them, or give --long_captions=cut")
-    plain = base.encode_prompts([short])
+    plain = base.embed([short])[0]["text"]
 
     with caplog.at_level(logging.INFO):
         base.check_captions(captions, "cut")
@@ -53,9 +53,9 @@ def test_long_captions_are_refused_or_cut_to_what_the_text_encoder_reads(toy_bas
     ]
     ids = base.tokenizer(long).input_ids
     read = torch.tensor([ids[:23] + ids[-1:]])  # with the token that ends a text
-    assert torch.equal(base.encode_prompts([long, short])[:1], base.text_encoder(read, return_dict=False)[0])
-    assert torch.equal(base.encode_prompts([short]), plain)
-    ours, theirs = base.embed([long])[long], base.pipeline().encode_prompt(long, "cpu", 1, False)[0][0]
+    assert torch.equal(base.embed([long, short])[0]["text"], base.text_encoder(read, return_dict=False)[0][0])
+    assert torch.equal(base.embed([short])[0]["text"], plain)
+    ours, theirs = base.embed([long])[0]["text"], base.pipeline().encode_prompt(long, "cpu", 1, False)[0][0]
     assert torch.equal(ours, theirs), "pictures are drawn by the same"
 
 
@@ -66,6 +66,6 @@ def test_a_tokenizer_that_does_not_say_its_length_has_the_text_encoders(toy_base
     folder.write_text(json.dumps(settings))
     silent, telling = load_stable_diffusion(str(tmp_path / "base")), load_stable_diffusion(str(toy_base))
     assert silent.tokenizer.model_max_length == 24
-    assert torch.equal(silent.encode_prompts(["a red mug"]), telling.encode_prompts(["a red mug"]))
+    assert torch.equal(*(base.embed(["a red mug"])[0]["text"] for base in (silent, telling)))
     with pytest.raises(InputError, match="32 tokens, the model reads 24"):
         silent.check_prompts(["a photo of qwe mug " * 6], "--p")
