@@ -34,6 +34,7 @@ from finetuning.control_card import write_card
 from finetuning.control_conditions import show_condition
 from finetuning.control_data import ControlBatch, ControlBatches
 from finetuning.control_evaluation import consistency, overlay, plot_course, references
+from finetuning.control_sampler import ControlSampler
 from finetuning.dataset import read_prompts, to_image
 from finetuning.objective import mean_squared_error
 from finetuning.picture import grid, save_picture
@@ -137,10 +138,9 @@ class ControlNet:
             data_flag="--train_data_dir" if data.train_data_dir else "--dataset_name",
             rates={} if rate is None else {self.part: rate},
         )
-        precision = DTYPES[config.model.mixed_precision]
-        self.sampler = build_sampler(
-            self.base, validation, data.resolution, validation.sample_batch_size, precision
-        ).controlled(self.adapters[self.part].module, validation.controlnet_conditioning_scale)
+        precision, scale = DTYPES[config.model.mixed_precision], validation.controlnet_conditioning_scale
+        sampler = build_sampler(self.base, validation, data.resolution, validation.sample_batch_size, precision)
+        self.sampler = ControlSampler.made_of(sampler, self.adapters[self.part].module, scale)
         self.hub = build_hub(config.tracking, self.output)
         self.run.wait()  # nobody writes before all have looked
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .control import hinted, is_light
 from .control_conditions import is_label_map, nearest, read_bands, stack
 from .control_sources import open_condition
 from .dataset import Transform
+from .generation import PictureOrder
 from .stable_diffusion import StableDiffusion
 
 
@@ -148,6 +149,18 @@ def read_control(
     transform = nearest(transform) if is_label_map(image) else transform
     bands = read_bands(image, control.config.conditioning_channels, str(path))
     return stack([transform.crop(band) for band in bands])[None].to(pipeline.device, control.dtype)
+
+
+def read_controls(
+    orders: Iterable[PictureOrder], pipeline: LightControlPipeline | StableDiffusionControlNetPipeline
+) -> dict[str, torch.Tensor]:
+    """The control images that orders of one size name, {file: (1, channels, size, size)}.
+
+    Raises:
+        InputError: as `read_control`.
+    """
+    sizes = {order.control: order.size for order in orders if order.control is not None}
+    return {file: read_control(Path(file), pipeline, size) for file, size in sizes.items()}
 
 
 def control_pipeline(

@@ -7,7 +7,7 @@ masks, packed latents, guidance embeddings, or a library's own sign and scale of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -70,6 +70,26 @@ class Family(Protocol):
         self, denoiser: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
         """What the process asks for, (B, C, h, w), by the denoiser as it is given: bare, or as processes share it."""
+
+    def sample(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
+        **more: Any,
+    ) -> torch.Tensor:
+        """Normalized latents of pictures, (B, C, h, w) float32, that a pipeline draws from this noise, (B, C, h, w).
+
+        Args:
+            pipeline: as `pipeline()` makes it, or one that also reads a control image.
+            steps, guidance_scale: of the denoising.
+            generators: one for each picture, for samplers that add noise on the way.
+            more: further arguments of the pipeline.
+        """
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing learns any more; everything goes to the device and, but for the VAE, to this precision."""

@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .config import InputError
-from .control_pipeline import read_control
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -29,7 +29,7 @@ SCHEDULERS = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class PictureOrder:
     """One picture.
 
     Attributes:
@@ -50,7 +50,7 @@ class Wish:
     control_scale: float = 1.0
 
 
-def choose_scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> SchedulerMixin:
+def choose_scheduler(pipeline: DiffusionPipeline, name: str | None) -> SchedulerMixin:
     """One of SCHEDULERS with the model's own noise schedule and prediction type; None = the model's own sampler."""
     if name is None:
         return pipeline.scheduler
@@ -71,7 +71,7 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or here[0])
 
 
-def check_size(size: int, pipeline: StableDiffusionPipeline) -> None:
+def check_size(size: int, pipeline: DiffusionPipeline) -> None:
     """Raises InputError if the UNet cannot halve the picture as often as it must."""
     multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if size % multiple:
@@ -79,25 +79,34 @@ def check_size(size: int, pipeline: StableDiffusionPipeline) -> None:
         raise InputError(f"--resolution={size}: must be a multiple of {multiple} for this model, e.g. {near}")
 
 
-def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish], batch_size: int = 8) -> list[Image.Image]:
-    """A picture of each wish, as many at a time as have settings in common.
+def draw(
+    pipeline: DiffusionPipeline,
+    orders: Sequence[PictureOrder],
+    batch_size: int = 8,
+    controls: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> list[Image.Image]:
+    """The picture of each order, as many at a time as have settings in common.
 
     The noise of a picture comes from its seed alone; pictures of different batch sizes differ by rounding.
+
+    controls: {file: control image as the pipeline takes it}, for orders that name one.
     """
     pictures: dict[int, Image.Image] = {}
     alike: dict[tuple, list[int]] = {}
-    for i, wish in enumerate(wishes):
-        alike.setdefault((wish.steps, wish.guidance_scale, wish.size, wish.control, wish.control_scale), []).append(i)
+    for i, order in enumerate(orders):
+        alike.setdefault(
+            (order.steps, order.guidance_scale, order.size, order.control, order.control_scale), []
+        ).append(i)
     for (steps, guidance_scale, size, control, scale), indices in alike.items():
         more = {}
         if control is not None:
-            more = {"image": read_control(Path(control), pipeline, size), "controlnet_conditioning_scale": scale}
+            more = {"image": controls[control], "controlnet_conditioning_scale": scale}
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             images = pipeline(
-                prompt=[wishes[i].prompt for i in chosen],
-                negative_prompt=[wishes[i].negative_prompt for i in chosen],
-                generator=[torch.Generator().manual_seed(wishes[i].seed) for i in chosen],
+                prompt=[orders[i].prompt for i in chosen],
+                negative_prompt=[orders[i].negative_prompt for i in chosen],
+                generator=[torch.Generator().manual_seed(orders[i].seed) for i in chosen],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=size,
@@ -105,13 +114,13 @@ def draw(pipeline: StableDiffusionPipeline, wishes: Sequence[Wish], batch_size: 
                 **more,
             ).images
             pictures.update(zip(chosen, images))
-    return [pictures[i] for i in range(len(wishes))]
+    return [pictures[i] for i in range(len(orders))]
 
 
 def save_with_parameters(
     picture: Image.Image,
     path: Path,
-    wish: Wish,
+    order: PictureOrder,
     *,
     base: str,
     scheduler: str,
@@ -124,12 +133,12 @@ def save_with_parameters(
         adapters: {path: strength} of those at work; mixed: into one by `mix_adapters`, with these weights.
     """
     line = (
-        f"{wish.prompt}\nNegative prompt: {wish.negative_prompt}\nSteps: {wish.steps}, Sampler: {scheduler}, "
-        f"CFG scale: {wish.guidance_scale:g}, Seed: {wish.seed}, Size: {wish.size}x{wish.size}, Model: {base}"
+        f"{order.prompt}\nNegative prompt: {order.negative_prompt}\nSteps: {order.steps}, Sampler: {scheduler}, "
+        f"CFG scale: {order.guidance_scale:g}, Seed: {order.seed}, Size: {order.size}x{order.size}, Model: {base}"
     )
     if adapters:
         line += f", Adapters: {'; '.join(f'{name} {strength:g}' for name, strength in adapters.items())}"
-    record = {**asdict(wish), "scheduler": scheduler, "base": base, "adapters": dict(adapters), "mixed": mixed}
+    record = {**asdict(order), "scheduler": scheduler, "base": base, "adapters": dict(adapters), "mixed": mixed}
     info = PngInfo()
     info.add_itxt("parameters", line)  # itxt: prompts may hold any letter
     info.add_itxt("generation", json.dumps(record, ensure_ascii=False))

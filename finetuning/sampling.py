@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .control_pipeline import control_pipeline
 from .dataset import to_image
+from .family import Family
 from .randomness import normal
 from .schedulers import noise_generators, seed_noise
-from .stable_diffusion import StableDiffusion
 
 
 @dataclass
@@ -24,25 +25,30 @@ class Sampler:
         base: the model, with whatever adapter it carries.
         resolution: side in pixels; steps, guidance_scale: of the denoising; batch_size: images at a time.
         precision: of the arithmetic, torch.float32 = plain.
-        control: hint encoder or ControlNet that pictures are drawn by; control_scale: its strength.
     """
 
-    base: StableDiffusion
+    base: Family
     resolution: int
     steps: int
     guidance_scale: float
     batch_size: int
     precision: torch.dtype = torch.float32
-    control: torch.nn.Module | None = None
-    control_scale: float = 1.0
 
-    def of(self, base: StableDiffusion) -> Sampler:
+    def of(self, base: Family) -> Sampler:
         """The same for another model."""
         return replace(self, base=base)
 
-    def controlled(self, control: torch.nn.Module, scale: float = 1.0) -> Sampler:
-        """The same by control images."""
-        return replace(self, control=control, control_scale=scale)
+    def pipeline(self) -> DiffusionPipeline:
+        """What draws."""
+        return self.base.pipeline()
+
+    def modules(self) -> list[torch.nn.Module]:
+        """What takes part in drawing."""
+        return [part for part in self.pipeline().components.values() if isinstance(part, torch.nn.Module)]
+
+    def options(self, conditions: torch.Tensor | None) -> dict[str, Any]:
+        """What the pipeline is given beside prompts and noise, for a batch; this sampler needs no conditions."""
+        return {}
 
     def __call__(
         self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
@@ -50,7 +56,7 @@ class Sampler:
         """One picture a prompt. The noise that picture i starts from, and that a sampler adds on the way, depends on
         (seed, keys[i]) alone.
 
-        conditions: with `control`, one for each prompt, (N, channels, resolution, resolution) in [0, 1].
+        conditions: one for each prompt, where the sampler draws by more than a prompt.
         """
         return [image for _, images in self.batches(prompts, seed, keys, conditions) for image in images]
 
@@ -58,32 +64,23 @@ class Sampler:
         self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
     ) -> Iterator[tuple[int, list[Image.Image]]]:
         """As above, batch by batch: (index of the first, pictures)."""
-        pipeline = self.base.pipeline() if self.control is None else control_pipeline(self.base, self.control)
-        shape, device = self.base.latent_shape(self.resolution), self.base.unet.device
-        modules = (self.base.unet, self.base.text_encoder, self.base.vae, *([self.control] if self.control else []))
-        with torch.no_grad(), evaluating(*modules), self._autocast(device):
+        pipeline, shape = self.pipeline(), self.base.latent_shape(self.resolution)
+        device = self.base.part(self.base.denoiser_part).device
+        with torch.no_grad(), evaluating(*self.modules()), self._autocast(device):
             for start in range(0, len(prompts), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                chunk = list(prompts[part])
-                noise = normal(shape, seed, "sample", keys[part])
-                control = {}
-                if self.control is not None:
-                    control = {
-                        "image": conditions[part].to(device),
-                        "controlnet_conditioning_scale": self.control_scale,
-                    }
+                noise = normal(shape, seed, "sample", keys[part]).to(device)
                 seed_noise(pipeline.scheduler, seed, keys[part])
-                latents = pipeline(
-                    prompt=chunk,
-                    negative_prompt=[""] * len(chunk),
-                    latents=noise.to(device, self.base.text_encoder.dtype),
-                    num_inference_steps=self.steps,
+                latents = self.base.sample(
+                    pipeline,
+                    prompts[part],
+                    noise,
+                    steps=self.steps,
                     guidance_scale=self.guidance_scale,
-                    generator=noise_generators(seed, keys[part]),
-                    output_type="latent",
-                    **control,
-                ).images
-                yield start, [to_image(image) for image in self.base.decode(latents.float())]
+                    generators=noise_generators(seed, keys[part]),
+                    **self.options(None if conditions is None else conditions[part].to(device)),
+                )
+                yield start, [to_image(image) for image in self.base.decode(latents)]
 
     def _autocast(self, device: torch.device):
         if self.precision == torch.float32:

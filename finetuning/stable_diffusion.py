@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -210,6 +210,30 @@ class StableDiffusion:
     ) -> torch.Tensor:
         """What the UNet predicts, noise or v, (B, C, h, w). x_t: (B, C, h, w); t: (B,)."""
         return denoiser(x_t, t, **self.arguments(condition)).sample
+
+    def sample(
+        self,
+        pipeline: StableDiffusionPipeline,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
+        **more: Any,
+    ) -> torch.Tensor:
+        """Latents of pictures, (B, C, h, w) float32, drawn from this noise, (B, C, h, w). more: for the pipeline."""
+        latents = pipeline(
+            prompt=list(prompts),
+            negative_prompt=[""] * len(prompts),
+            latents=noise.to(self.text_encoder.dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="latent",
+            **more,
+        ).images
+        return latents.float()
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:

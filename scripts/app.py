@@ -30,7 +30,8 @@ from finetuning.adapter_folder import ADAPTER_CONFIG, PARTS, check_same_base, lo
 from finetuning.config import Config, Group, InputError, read_config, run_command, setting
 from finetuning.control import PARTS as CONTROL_PARTS
 from finetuning.control_inference import load_control_run
-from finetuning.generation import Wish, choose_device, draw
+from finetuning.control_pipeline import read_controls
+from finetuning.generation import PictureOrder, choose_device, draw
 from finetuning.inference import get_strengths, load_adapter, load_base, strengths, unload_adapter
 from finetuning.run import CONFIG
 
@@ -83,25 +84,26 @@ class Easel:
         self.size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self._lock = Lock()
 
-    def draw(self, wish: Wish, wanted: dict[str, float]) -> tuple[Image.Image, Image.Image]:
+    def draw(self, order: PictureOrder, wanted: dict[str, float]) -> tuple[Image.Image, Image.Image]:
         """The base model's picture and the one with adapters at the wanted strengths, {path: strength}, on one noise.
 
-        Both follow the wish's control, if it has one.
+        Both follow the order's control, if it has one.
 
         Raises:
             InputError: an adapter or the control cannot be had, or two adapters cannot be together.
         """
         wanted = {path: strength for path, strength in wanted.items() if strength}
-        pipeline = self.plain if wish.control is None else self.pipeline
+        pipeline = self.plain if order.control is None else self.pipeline
+        controls = read_controls([order], pipeline)
         with self._lock:
             if not wanted.keys() <= self.loaded.keys():
                 self.load(wanted)
-            following = dict.fromkeys(self.of_control, float(wish.control is not None))
+            following = dict.fromkeys(self.of_control, float(order.control is not None))
             at_work = {name: wanted.get(path, 0.0) for path, name in self.loaded.items()}
             with strengths(self.pipeline, {**at_work, **following}):
-                (tuned,) = draw(pipeline, [wish])
+                (tuned,) = draw(pipeline, [order], controls=controls)
             with strengths(self.pipeline, {**dict.fromkeys(at_work, 0.0), **following}):
-                (base,) = draw(pipeline, [wish])
+                (base,) = draw(pipeline, [order], controls=controls)
         return base, tuned
 
     def load(self, wanted: dict[str, float]) -> None:
@@ -202,7 +204,7 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
                 raise InputError("the prompt is empty")
             if seed is None or not 0 <= seed <= LARGEST_SEED or seed != int(seed):
                 raise InputError(f"seed {seed}: must be a whole number from 0 to {LARGEST_SEED}")
-            wish = Wish(
+            order = PictureOrder(
                 prompt,
                 int(seed),
                 steps=int(steps),
@@ -210,7 +212,7 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
                 size=easel.size,
                 control=control,
             )
-            return tuple(map(enlarged, easel.draw(wish, dict(zip(easel.adapters, given)))))
+            return tuple(map(enlarged, easel.draw(order, dict(zip(easel.adapters, given)))))
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 

@@ -26,10 +26,11 @@ from PIL import Image
 from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen, parse_adapter, parse_strength
 from finetuning.config import Config, Group, read_config, run_command, setting
 from finetuning.control_inference import load_control_run
+from finetuning.control_pipeline import read_controls
 from finetuning.dataset import read_prompts
 from finetuning.generation import (
     SCHEDULERS,
-    Wish,
+    PictureOrder,
     check_size,
     choose_device,
     choose_scheduler,
@@ -122,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     at_work = {"mixture": 1.0} if pictures.mix else own
 
     # What to draw: a row for each prompt and seed, a column for each strength.
-    wishes = [
-        Wish(
+    orders = [
+        PictureOrder(
             prompt=prompt,
             seed=seed,
             negative_prompt=pictures.negative_prompt,
@@ -138,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for prompt in prompts
         for seed in pictures.seed
     ]
-    check_size(wishes[0].size, pipeline)
+    check_size(orders[0].size, pipeline)
+    controls = read_controls(orders, pipeline)
     columns = {"base model": {}} if pictures.base else {}  # {title: {adapter: strength}}
     columns |= {f"{name} alone": {name: 1.0} for name in own} if pictures.each else {}
     for factor in factors:
@@ -152,33 +154,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = {}
     for title, wanted in columns.items():
         set_strength(pipeline, {**dict.fromkeys(get_strengths(pipeline), 0.0), **wanted})
-        drawn[title] = draw(pipeline, wishes, pictures.batch_size)
+        drawn[title] = draw(pipeline, orders, pictures.batch_size, controls)
         mixed = wanted.get("mixture") if pictures.mix else None
         parts = wanted if mixed is None else {name: weight * mixed for name, weight in own.items()}
-        for wish, picture in zip(wishes, drawn[title]):
+        for order, picture in zip(orders, drawn[title]):
             save_with_parameters(
                 picture,
-                output / f"{slug(wish.prompt)}-seed{wish.seed}{'-' + slug(title) if title else ''}.png",
-                wish,
+                output / f"{slug(order.prompt)}-seed{order.seed}{'-' + slug(title) if title else ''}.png",
+                order,
                 base=pipeline.name_or_path,
                 scheduler=type(pipeline.scheduler).__name__,
                 adapters={paths[name]: strength for name, strength in parts.items() if strength},
                 mixed=mixed is not None,
             )
     together = Path(pictures.grid) if pictures.grid else output / "grid.png"
-    save_picture(arrange(wishes, drawn), together)
+    save_picture(arrange(orders, drawn), together)
     print(f"{sum(map(len, drawn.values()))} pictures in {output}, all of them in {together}")
 
 
-def arrange(wishes: Sequence[Wish], drawn: dict[str, list[Image.Image]]) -> Image.Image:
+def arrange(orders: Sequence[PictureOrder], drawn: dict[str, list[Image.Image]]) -> Image.Image:
     """Prompts and seeds downwards, strengths to the right; without adapters seeds to the right."""
     if len(drawn) == 1:
         (pictures,) = drawn.values()
-        seeds, prompts = list(dict.fromkeys(w.seed for w in wishes)), list(dict.fromkeys(w.prompt for w in wishes))
+        seeds, prompts = list(dict.fromkeys(w.seed for w in orders)), list(dict.fromkeys(w.prompt for w in orders))
         rows = [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
         return grid(rows, columns=[f"seed {seed}" for seed in seeds], captions=[f"“{prompt}”" for prompt in prompts])
-    rows = [[pictures[i] for pictures in drawn.values()] for i in range(len(wishes))]
-    return grid(rows, columns=list(drawn), captions=[f"“{wish.prompt}”\nseed {wish.seed}" for wish in wishes])
+    rows = [[pictures[i] for pictures in drawn.values()] for i in range(len(orders))]
+    return grid(rows, columns=list(drawn), captions=[f"“{order.prompt}”\nseed {order.seed}" for order in orders])
 
 
 def slug(text: str) -> str:

@@ -24,7 +24,7 @@ import torch
 
 from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen
 from finetuning.config import Config, Group, read_config, run_command, setting
-from finetuning.generation import Wish, choose_device, draw
+from finetuning.generation import PictureOrder, choose_device, draw
 from finetuning.inference import merge_adapter, unload_adapter
 from finetuning.score_table import markdown
 
@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     merge_adapter(pipelines["adapters merged"])
     size = pipelines["base model"].unet.config.sample_size * pipelines["base model"].vae_scale_factor
     guidance = find_run_setting(config.adapters, "guidance_scale", 7.5)
-    wish = Wish(timing.prompt, seed=0, steps=timing.num_inference_steps, guidance_scale=guidance, size=size)
+    order = PictureOrder(timing.prompt, seed=0, steps=timing.num_inference_steps, guidance_scale=guidance, size=size)
 
     seconds = {name: [] for name in pipelines}
     names = list(pipelines)
     for number in range(timing.rounds + 1):
         for name in names[number % 3 :] + names[: number % 3]:
-            taken = seconds_of(lambda name=name: draw(pipelines[name], [wish]), device)
+            taken = seconds_of(lambda name=name: draw(pipelines[name], [order]), device)
             if number:
                 seconds[name].append(taken)
     print(markdown([row(name, taken, seconds["base model"]) for name, taken in seconds.items()]), end="")

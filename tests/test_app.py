@@ -25,7 +25,7 @@ from test_inference import MAKERS, write_run
 from finetuning.config import run_command
 from finetuning.control import HintEncoder
 from finetuning.control_inference import load_control_run
-from finetuning.generation import Wish, draw
+from finetuning.generation import PictureOrder, draw
 from finetuning.inference import load_adapter, load_base
 from finetuning.picture import save_picture
 from scripts import app
@@ -103,16 +103,16 @@ def test_a_prompt_becomes_two_pictures(page, runs, browser, tmp_path):
 def test_strengths_are_honoured(runs, toy_base):
     mug, robot = str(runs / "mug"), str(runs / "robot")
     easel = app.Easel(load_base(str(toy_base)), {mug: 1.0, robot: 0.0})
-    wish = Wish("a red mug", seed=1, steps=2, size=easel.size)
-    base, one = easel.draw(wish, {mug: 1.0, robot: 0.0})
-    assert easel.draw(wish, {mug: 0.0, robot: 0.0}) == (base, base)
-    again, both = easel.draw(wish, {mug: 0.5, robot: 1.0})
+    order = PictureOrder("a red mug", seed=1, steps=2, size=easel.size)
+    base, one = easel.draw(order, {mug: 1.0, robot: 0.0})
+    assert easel.draw(order, {mug: 0.0, robot: 0.0}) == (base, base)
+    again, both = easel.draw(order, {mug: 0.5, robot: 1.0})
     assert again == base and list(easel.loaded) == [mug, robot] and both not in (base, one)
-    assert easel.draw(wish, {mug: 1.0})[1] == one  # without loading anew
+    assert easel.draw(order, {mug: 1.0})[1] == one  # without loading anew
     pipeline = load_base(str(toy_base))
-    assert draw(pipeline, [wish]) == [base]
+    assert draw(pipeline, [order]) == [base]
     load_adapter(pipeline, mug)
-    assert draw(pipeline, [wish]) == [one]
+    assert draw(pipeline, [order]) == [one]
 
 
 def test_a_control_is_followed_by_both_pictures_or_by_none(runs, toy_base, tmp_path):
@@ -123,16 +123,16 @@ def test_a_control_is_followed_by_both_pictures_or_by_none(runs, toy_base, tmp_p
     encoder = HintEncoder(1, 16, 2)
     torch.nn.init.normal_(encoder.layers[-1].weight, std=0.5)
     encoder.save_pretrained(control_run / "hint_encoder")
-    mug, wish = str(runs / "mug"), Wish("a red mug", seed=1, steps=2, size=16)
-    base, tuned = app.Easel(load_base(str(toy_base)), {mug: 1.0}).draw(wish, {mug: 1.0})
+    mug, order = str(runs / "mug"), PictureOrder("a red mug", seed=1, steps=2, size=16)
+    base, tuned = app.Easel(load_base(str(toy_base)), {mug: 1.0}).draw(order, {mug: 1.0})
     easel = app.Easel(load_control_run(control_run), {mug: 1.0}, control_run=control_run)
-    assert easel.draw(wish, {mug: 1.0}) == (base, tuned)  # without a control image there is no control
+    assert easel.draw(order, {mug: 1.0}) == (base, tuned)  # without a control image there is no control
     controls = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(controls):
         draw_photo(3 * i, (16, 16)).convert("L").save(path)
-    followed, other = (easel.draw(replace(wish, control=str(path)), {mug: 1.0}) for path in controls)
+    followed, other = (easel.draw(replace(order, control=str(path)), {mug: 1.0}) for path in controls)
     assert len({picture.tobytes() for picture in (base, tuned, *followed, *other)}) == 6
-    assert easel.draw(wish, {}) == (base, base)
+    assert easel.draw(order, {}) == (base, base)
 
 
 def test_names_on_the_page_tell_runs_apart():

@@ -69,7 +69,12 @@ def unsaid_encodings(tree: ast.AST) -> list[int]:
         said = {keyword.arg for keyword in node.keywords}
         mode = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         is_binary = any("b" in value and set(value) <= set("rwxab+t") for value in mode)
-        opens = verb in TEXT and not (verb == "open" and holder in IN_BYTES) and not is_binary
+        opens = (
+            verb in TEXT
+            and (holder or verb == "open")
+            and not (verb == "open" and holder in IN_BYTES)
+            and not is_binary
+        )
         talks = verb in ("run", "Popen") and bool(said & {"text", "universal_newlines"})
         if (opens or talks) and "encoding" not in said:
             lines.append(node.lineno)

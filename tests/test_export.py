@@ -30,7 +30,7 @@ from finetuning.export import (
     smallest_rank,
     weight_changes,
 )
-from finetuning.generation import Wish, draw, read_parameters
+from finetuning.generation import PictureOrder, draw, read_parameters
 from finetuning.inference import load_adapter, load_base, load_run, merge_adapter, set_strength
 from finetuning.original_layout import original_layout
 from scripts import export, generate, merge, time_generation
@@ -98,9 +98,11 @@ def test_a_single_file_draws_the_same_pictures(base, request, tmp_path):
         left, right = getattr(pipeline, part).state_dict(), getattr(read, part).state_dict()
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left), part
     torch.testing.assert_close(answer(read), before, rtol=1e-4, atol=1e-4)
-    wish = Wish("a red mug", seed=1, steps=2, size=pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    order = PictureOrder(
+        "a red mug", seed=1, steps=2, size=pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    )
     read.unet.set_attn_processor(next(iter(pipeline.unet.attn_processors.values())))
-    assert draw(read, [wish])[0].tobytes() == draw(pipeline, [wish])[0].tobytes()
+    assert draw(read, [order])[0].tobytes() == draw(pipeline, [order])[0].tobytes()
 
 
 def test_the_names_are_those_of_the_published_checkpoint(sd15_base, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from finetuning.config import InputError
 from finetuning.control import make_light
+from finetuning.control_sampler import ControlSampler
 from finetuning.dataset import Batch
 from finetuning.encoding import Encoding
 from finetuning.picture import grid, save_picture
@@ -119,7 +120,7 @@ def test_the_noise_of_samplers_depends_on_seed_and_key_alone(name, base):
     ours = replace(base, scheduler=kind.from_config({**base.scheduler.config, **STOCHASTIC.get(name, {})}))
     sampler, conditions = Sampler(ours, resolution=16, steps=4, guidance_scale=3, batch_size=3), None
     if is_controlled:
-        sampler, conditions = sampler.controlled(make_light(base.unet, 2, 3)), torch.rand(3, 3, 16, 16)
+        sampler, conditions = ControlSampler.made_of(sampler, make_light(base.unet, 2, 3)), torch.rand(3, 3, 16, 16)
     prompts, keys = ["a red mug", "a dog", "a mug in the snow"], ["a", "b", "c"]
     torch.manual_seed(0)
     together = arrays(sampler(prompts, 0, keys, conditions))
