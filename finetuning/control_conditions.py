@@ -81,8 +81,8 @@ def to_condition(bands: Sequence[Image.Image], transform: Transform, *key: objec
 
 
 def stack(bands: Bands) -> torch.Tensor:
-    """(channels, H, W) in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(band, np.float32) for band in bands]) / 255)
+    """(channels, H, W) in [0, 1], also where resizing has gone beyond the range of numbers that are not bytes."""
+    return torch.from_numpy(np.stack([np.asarray(band, np.float32) for band in bands]) / 255).clamp_(0, 1)
 
 
 def nearest(transform: Transform) -> Transform:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .captions import METADATA, caption_of, find_examples, read_metadata
 from .config import InputError
 from .control_sources import Sample, open_condition, sizes_fault, verify_condition
-from .images import IMAGE_SUFFIXES, composed, open_image, verify_picture
+from .images import IMAGE_SUFFIXES, composed, is_image_file, open_image, verify_picture
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _with_partners(rows: list[Row], partners: Path) -> tuple[list[Row], list[str
         raise InputError(f"{flag}: no such folder")
     controls: dict[str, list[Path]] = {}
     for path in sorted(partners.iterdir()):
-        if path.suffix.lower() in (*IMAGE_SUFFIXES, ".npy") and not path.is_dir() and not path.name.startswith("."):
+        if is_image_file(path, (*IMAGE_SUFFIXES, ".npy")):
             controls.setdefault(composed(path.stem), []).append(path)
     paired, alone, faults = [], [], []
     for row in rows:

@@ -7,7 +7,7 @@ import re
 import struct
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -87,9 +87,12 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
     return images
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether it is a file, or a link that leads nowhere, and is named as an image that is not hidden."""
-    is_named = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def is_image_file(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
+    """Whether it is a file, or a link that leads nowhere, and is named as an image that is not hidden.
+
+    Pipes and devices are none: whoever opens them may wait for ever.
+    """
+    is_named = path.suffix.lower() in suffixes and not path.name.startswith(".")
     return is_named and (path.is_file() or not path.exists())
 
 

@@ -14,7 +14,7 @@ from control_training import control_folder
 from PIL import Image
 
 from finetuning.config import InputError
-from finetuning.control_conditions import read_bands, stack
+from finetuning.control_conditions import read_bands, stack, to_condition
 from finetuning.control_data import ControlBatches, ControlStream
 from finetuning.control_folder import read_folder
 from finetuning.control_hub import HubSource, read_split
@@ -65,6 +65,16 @@ def test_arrays_of_unknown_range_or_shape_are_refused(values, words, tmp_path):
     np.save(path, values)
     with pytest.raises(InputError, match=rf"x\.npy: .*{words}"):
         read_bands(open_condition(path), 1, str(path))
+
+
+def test_controls_stay_in_their_range_when_they_are_resized():
+    """As those of bytes do, which are clipped: smooth resizing goes beyond black and white at their edge."""
+    edge = np.zeros((24, 24), np.uint8)
+    edge[:, 11:] = 255
+    resize = Transform(16, center_crop=True)
+    by_bytes, by_numbers = (to_condition(read_bands(e, 1, "x"), resize, 0) for e in (edge, edge / 255))
+    assert by_numbers.min() == 0 and by_numbers.max() == 1
+    torch.testing.assert_close(by_numbers, by_bytes, atol=1 / 255, rtol=0)
 
 
 def test_files_that_are_no_arrays(tmp_path):
