@@ -23,6 +23,7 @@ from .config import InputError
 ADAPTER_CONFIG = "adapter_config.json"
 KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
 PREFIX = "base_model.model."
+LARGEST = 1e8  # far above what training leaves; powers of it are still finite
 # Settings of LoRA with which the layer is W + scale · B A all the same, or that concern training alone.
 PLAIN_LORA = {
     "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
@@ -101,7 +102,21 @@ def read_tensors(source: Path) -> dict[str, torch.Tensor]:
     for key in tensors:
         if title := next((title for part, title in TENSORS.items() if part in key), None):
             raise InputError(_refusal(source, title, f"see {key}"))
+    check_tensors(tensors, path)
     return tensors
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse what no training leaves: none at all, or numbers that cannot be computed with.
+
+    Raises:
+        InputError: with the name of the tensor.
+    """
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors; is it complete?")
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.double().abs().max() < LARGEST:
+            raise InputError(f"{path}: {name} holds numbers that are not finite or above {LARGEST:g}; it is damaged")
 
 
 def read_config(source: Path) -> PeftConfig:
