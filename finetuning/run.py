@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -25,6 +24,7 @@ from .allocator import keep_freed_memory
 from .config import Config, InputError, RunError
 from .picture import save_picture
 from .randomness import seed_modules
+from .resident_memory import peak_resident_memory
 from .trackers import TensorBoard, WandB
 
 logger = logging.getLogger(__name__)
@@ -239,8 +239,7 @@ class Run:
         """GiB: of the GPU, or of the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        return peak_resident_memory()
 
     # Stopping
 

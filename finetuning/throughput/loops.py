@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ from PIL import Image
 from ..adapter import target_modules
 from ..config import read_config
 from ..objective import add_noise, mean_squared_error, target
+from ..resident_memory import peak_resident_memory
 from .measure import PROMPTS, Workload
 
 T = TypeVar("T")
@@ -131,8 +131,7 @@ def main(what: dict[str, Any]) -> None:
         plain_loop(what["plain"], Workload(**what["work"]), turns)
     else:
         trainer_loop(Path(what["trainer"]), Path(what["config"]), turns)
-    a_unit = 1 if sys.platform == "darwin" else 1024
-    turns.say(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * a_unit / 2**30)
+    turns.say(peak=peak_resident_memory())
 
 
 if __name__ == "__main__":
