@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import diffusers
 import torch
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -59,16 +60,22 @@ def choose_scheduler(pipeline: DiffusionPipeline, name: str | None) -> Scheduler
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the fastest there is.
+    """The named device, or the fastest there is: the one that the trainers take (CUDA and ROCm, MPS, XPU, NPU …).
 
     Raises:
         InputError: no such device here.
     """
-    here = [kind for kind, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if there.is_available()]
-    here.append("cpu")
-    if name is not None and name.split(":")[0] not in here:
-        raise InputError(f"--device={name}: not on this machine; there are {', '.join(here)}")
-    return torch.device(name or here[0])
+    here = {"cpu": 1}
+    if torch.accelerator.is_available():
+        here = {torch.accelerator.current_accelerator().type: torch.accelerator.device_count(), **here}
+    if name is None:
+        is_told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # `accelerate launch --cpu`
+        return torch.device("cpu" if is_told_cpu else next(iter(here)))
+    kind, _, number = name.partition(":")
+    if kind not in here or not (number or "0").isdigit() or int(number or 0) >= here[kind]:
+        there = ", ".join(kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}" for kind, count in here.items())
+        raise InputError(f"--device={name}: not on this machine; there are {there}")
+    return torch.device(name)
 
 
 def check_size(size: int, pipeline: DiffusionPipeline) -> None:

@@ -250,7 +250,7 @@ class Run:
         """GiB: of the GPU, or of the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return peak_resident_memory() / 2**30
+        return peak_resident_memory()
 
     # Stopping
 

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,75 +30,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.allocator import keep_freed_memory
 from finetuning.config import InputError, run_command
-from finetuning.throughput.table import machine, print_rotation_table, print_table
+from finetuning.resident_memory import peak_resident_memory
+from finetuning.throughput.neighbours import NO_SIZE, frozen, lora, lycoris_boft, oft, stock_boft
+from finetuning.throughput.table import machine, plot, print_rotation_table, print_table
 from finetuning.throughput.turns import in_turn, ratio, spread
+from finetuning.throughput.unet import inference_step, inputs, stable_diffusion_unet, train_step, trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURES = ("step", "inference", "wrap", "memory", "rotation")
 REFERENCE = "LoRA r=16 (peft)"
-NO_SIZE = {"boft_block_size": 0}  # peft's default is 4; either size or number of blocks is given
 PROCESSES_FOR_MEMORY = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 # Candidates: each takes a UNet and target names, and returns the model to run
-
-
-def frozen(unet: nn.Module, targets: list[str]) -> nn.Module:
-    return unet
-
-
-def lora(unet: nn.Module, targets: list[str]) -> nn.Module:
-    from peft import LoraConfig, LoraModel
-
-    return LoraModel(unet, LoraConfig(r=16, target_modules=targets), "default")
-
-
-def oft(unet: nn.Module, targets: list[str]) -> nn.Module:
-    from peft import OFTConfig, OFTModel
-
-    return OFTModel(
-        unet, OFTConfig(r=0, oft_block_size=32, use_cayley_neumann=True, target_modules=targets), "default"
-    )
-
-
-def stock_boft(m: int, **size) -> Callable:
-    """peft's own BOFT. Without a CUDA compiler it silently trains m = 1, so that for m > 1 its missing kernel, a
-    batched block_diag, is replaced by the plain operation that it stands for."""
-
-    def wrap(unet: nn.Module, targets: list[str]) -> nn.Module:
-        import peft.tuners.boft.layer as stock
-
-        config = stock.BOFTConfig(**(NO_SIZE | size), boft_n_butterfly_factor=m, target_modules=targets)
-        if m > 1:
-            stock.get_fbd_cuda = lambda: True
-            stock.FastBlockDiag.apply = staticmethod(
-                lambda Q: torch.stack([torch.block_diag(*factor) for factor in Q])
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its failed attempts to compile
-            from peft.tuners.boft import BOFTModel
-
-            return BOFTModel(unet, config, "default")
-
-    return wrap
-
-
-def lycoris_boft(unet: nn.Module, targets: list[str]) -> nn.Module:
-    """LyCORIS rotates the outputs, always at full depth; pairs of 5 are what the widths of this UNet allow."""
-    from lycoris.modules.boft import ButterflyOFTModule
-
-    modules = [(name, module) for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
-    adapters = nn.ModuleList()
-    for name, module in modules:
-        if any(name.endswith(f".{target}") for target in targets):
-            adapter = ButterflyOFTModule(name.replace(".", "_"), module, lora_dim=10, rescaled=True)
-            adapter.apply_to()
-            adapters.append(adapter)
-    unet.lycoris = adapters
-    return unet
 
 
 def ours(m: int, train_scale: bool = True, **size) -> Callable:
@@ -134,28 +80,6 @@ CANDIDATES: dict[str, Callable] = {
 WITHOUT_CONVOLUTIONS = ("BOFT b=8 m=1 (peft)", "BOFT b=8 m=2 (peft, emulated)", "BOFT b=5 full (LyCORIS)")
 
 
-# The model
-
-
-def stable_diffusion_unet(dtype: torch.dtype) -> nn.Module:
-    """The UNet of Stable Diffusion 1.5 with random weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet = unet.to(dtype).to_empty(device="cpu")
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                fan_in = parameter[0].numel()
-                repeated = noise.repeat(-(-parameter.numel() // noise.numel()))[: parameter.numel()]
-                parameter.copy_(repeated.view(parameter.shape) / fan_in**0.5)
-    return unet.requires_grad_(False).eval()
-
-
 def wrapped(unet: nn.Module, candidate: str, targets: list[str]) -> nn.Module:
     """A copy of the UNet with the candidate's adapter; the copies share the base weights."""
     shared = {id(tensor): tensor for tensor in unet.parameters()}
@@ -169,40 +93,7 @@ def wrapped(unet: nn.Module, candidate: str, targets: list[str]) -> nn.Module:
     return model
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def inputs(batch: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, time step and prompt embedding."""
-    generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(batch, 4, resolution, resolution, generator=generator).to(dtype)
-    prompt = torch.randn(batch, 77, 768, generator=generator).to(dtype)
-    return latents, torch.tensor(500), prompt
-
-
 # Measurements
-
-
-def train_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_counter) -> float:
-    """Seconds of one forward and backward pass."""
-    latents, timestep, prompt = arguments
-    parameters = trainable(model)
-    latents = latents.detach().requires_grad_(not parameters)
-    start = clock()
-    model(latents, timestep, prompt).sample.square().mean().backward()
-    seconds = clock() - start
-    for parameter in parameters:
-        parameter.grad = None
-    return seconds
-
-
-@torch.no_grad()
-def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_counter) -> float:
-    """Seconds of one forward pass with the adapter unmerged."""
-    start = clock()
-    model(*arguments)
-    return clock() - start
 
 
 def measure_steps(args, candidates: list[str], step: Callable, reference: str) -> dict:
@@ -254,12 +145,10 @@ def measure_memory(args, candidates: list[str]) -> dict:
 
 
 def print_peak(args) -> None:
-    import resource
-
     model = wrapped(stable_diffusion_unet(DTYPES[args.dtype]), args.peak, args.targets)
     for _ in range(2):
         train_step(model, inputs(args.batch, args.resolution, DTYPES[args.dtype]))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(peak_resident_memory())
 
 
 def measure_rotation(rounds: int) -> list[dict]:
@@ -283,27 +172,7 @@ def measure_rotation(rounds: int) -> list[dict]:
     return rows
 
 
-# Output
-
-
-def plot(results: dict[str, dict[str, float]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {name: row["to LoRA"] for name, row in results.items() if "to LoRA" in row}
-    figure, axes = plt.subplots(figsize=(7, 0.35 * len(shown) + 1), layout="constrained")
-    colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
-    bars = axes.barh(list(shown), list(shown.values()), color=colors)
-    labels = [f"{value:.2f}" + (f" ± {results[name]['±']:.2f}" * (name != REFERENCE)) for name, value in shown.items()]
-    for label in axes.bar_label(bars, labels, padding=4):
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line at 1
-    axes.margins(x=0.3)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("training step, relative to LoRA r=16")
-    figure.savefig(path, dpi=150)
+# Commands
 
 
 def adapter(args) -> None:
@@ -352,7 +221,7 @@ def adapter(args) -> None:
         content = {"machine": machine(args.threads), "settings": settings, "results": results, "rotation": rotation}
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.plot:
-        plot(results, args.plot)
+        plot(results, args.plot, REFERENCE)
 
 
 def training(args) -> None:

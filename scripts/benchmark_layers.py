@@ -25,10 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, LoraModel
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import finetuning  # noqa: F401 - first, for it quiets the libraries
+
+# isort: split
+from peft import LoraConfig, LoraModel
 
 import boft
 from boft.functional import prefers_weight_side

@@ -23,12 +23,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -46,6 +45,9 @@ from finetuning.settings import EMBEDDED_BASE, DreamBoothConfig
 from toyworld.measure import generate
 from toyworld.scene import CONTEXTS
 from toyworld.scores import NEW, Judges, Pictures, Scores, score
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 TOYWORLD = ROOT / "data" / "toyworld"

@@ -30,21 +30,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from diffusers import StableDiffusionPipeline
 
+from finetuning import dreambooth_scoring
 from finetuning.config import InputError, run_command
 from finetuning.control_evaluation import load_landmarks
 from finetuning.control_scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset import find_images
+from finetuning.dreambooth_scoring import find_runs, read_subject, score_run
 from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino
-from finetuning.gallery import Gallery, read_gallery, weights_of
-from finetuning.generation import SCHEDULERS, choose_scheduler
+from finetuning.gallery import read_gallery, weights_of
+from finetuning.generation import SCHEDULERS, choose_device, choose_scheduler
 from finetuning.inference import load_base, load_run, load_run_config
 from finetuning.lpips import load_lpips
 from finetuning.picture import save_picture
-from finetuning.prompts import Words, find_words, read_templates
-from finetuning.protocol import SCORES, Encoders, Subject, overview, progress, score_all, score_grid, summary
-from finetuning.run import CONFIG, DTYPES
+from finetuning.prompts import Words, read_templates
+from finetuning.protocol import SCORES, Encoders, overview, score_all, summary
 from finetuning.score_table import as_json, markdown, mean_of, write, write_table
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
@@ -79,53 +79,11 @@ def load_encoders(args: argparse.Namespace, is_toy: bool) -> Encoders:
     return Encoders(fidelity, fidelity.get("CLIP-I"), lpips)
 
 
-def judge_encoder(folder: Path, device: str) -> Encoder:
+def judge_encoder(folder: Path, device: torch.device) -> Encoder:
     """The toy world's judge of individuals, which had no part in training."""
     judge = InstanceJudge.from_pretrained(folder / "instances").to(device).eval()
     half = (0.5, 0.5, 0.5)
-    return Encoder("toyworld/judge", Preprocessing((64, 64), None, 3, half, half), judge, device=torch.device(device))
-
-
-# Runs
-
-
-def find_runs(root: Path) -> list[Path]:
-    """The folder itself if it is a run, else all runs below, none inside another.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the --output_dir of a run or a folder with several")
-    if (root / CONFIG).is_file():
-        return [root]
-    runs: list[Path] = []
-    for path in sorted(root.rglob(CONFIG)):
-        if not any(run in path.parents for run in runs):
-            runs.append(path.parent)
-    if not runs:
-        raise InputError(f"{root}: holds no training run (no {CONFIG} in it or below); give a run's --output_dir")
-    return runs
-
-
-def read_subject(config: dict, args: argparse.Namespace) -> Subject:
-    """Photos, words and prompts of a run.
-
-    The prompts are those of --prompts, of subject.json beside the photos, or the protocol's 25 for the class.
-    """
-    folder = Path(args.instance_data_dir or config["instance_data_dir"])
-    photos = find_images(folder, "--instance_data_dir")
-    card = folder / "subject.json"
-    card = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
-    class_word = args.class_word or card.get("class_word")
-    words = find_words(config["instance_prompt"], config.get("class_prompt") or (), class_word)
-    if args.prompts:
-        templates = read_templates(args.prompts)
-    elif card.get("validation_prompts"):
-        templates = [words.template(prompt) for prompt in card["validation_prompts"]]
-    else:
-        templates = list(words.templates())
-    return Subject(card.get("name", folder.name), words, templates, photos)
+    return Encoder("toyworld/judge", Preprocessing((64, 64), None, 3, half, half), judge, device=device)
 
 
 def is_toy(config: dict) -> bool:
@@ -140,10 +98,20 @@ def dreambooth(args: argparse.Namespace) -> dict:
     """Score every run of a tree; returns what the tree's scores.json holds."""
     runs = find_runs(args.runs)
     configs = [load_run_config(run) for run in runs]
-    subjects = [read_subject(config, args) for config in configs]
+    subjects = [read_subject(config, args.instance_data_dir, args.prompts, args.class_word) for config in configs]
     of_kind = {kind: load_encoders(args, kind) for kind in dict.fromkeys(map(is_toy, configs))}
+    drawing = dreambooth_scoring.Drawing(
+        images_per_prompt=args.images_per_prompt,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=args.device,
+        steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        precision=args.mixed_precision,
+        overwrite=args.overwrite,
+    )
     results = [
-        score_run(run, config, subject, of_kind[is_toy(config)], args)
+        score_run(run, config, subject, of_kind[is_toy(config)], drawing)
         for run, config, subject in zip(runs, configs, subjects)
     ]
     names = [str(run.relative_to(args.runs)) if run != args.runs else run.name for run in runs]
@@ -164,50 +132,6 @@ def dreambooth(args: argparse.Namespace) -> dict:
         write(args.runs / "evaluation" / "scores.json", as_json(result))
     print(f"{args.runs / 'evaluation'}: tables (csv, md, json), pictures and grid.png")
     return result
-
-
-def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, args: argparse.Namespace) -> dict:
-    """Make what pictures are missing, score them, write tables and grid; or read the scores that are there."""
-    folder = run / "evaluation"
-    words, prompts = subject.words, [subject.words.with_token(t) for t in subject.templates]
-    gallery = Gallery(folder / "pictures", tuple(prompts), args.images_per_prompt)
-    settings = {
-        "seed": args.seed,
-        "steps": args.num_inference_steps or config["num_inference_steps"],
-        "guidance_scale": config["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
-        "resolution": config["resolution"],
-        "precision": args.mixed_precision,
-    }
-    record = {**settings, "base": config["pretrained_model_name_or_path"], "weights": weights_of(run)}
-    gallery.begin(record, args.overwrite)
-    if count := len(gallery.missing()):
-        pipeline = load_run(run).to(args.device)
-        with progress(f"{run.name}: generating", count, "picture") as bar:
-            settings["precision"] = DTYPES[settings["precision"]]
-            gallery.generate(pipeline, **settings, batch_size=args.batch_size, advance=bar.update)
-        del pipeline
-    protocol = {
-        "encoders": encoders.describe(),
-        "texts": [words.without_token(t) for t in subject.templates],
-        "photos": [path.name for path in subject.photos],
-        "pictures": json.loads((gallery.folder / "record.json").read_text(encoding="utf-8")),
-    }
-    protocol = json.loads(as_json(protocol))
-    path = folder / "scores.json"
-    if (
-        path.is_file()
-        and not count
-        and (found := json.loads(path.read_text(encoding="utf-8")))["protocol"] == protocol
-    ):
-        return found
-    texts = [text for text in protocol["texts"] for _ in range(gallery.each)]
-    result = score_all(run.name, gallery.images(), texts, prompts, subject.photos, encoders, args.batch_size)
-    result = {"subject": subject.name, "protocol": protocol, **result}
-    write(path, as_json(result))
-    write_table(folder, "prompts", result["prompts"])
-    write_table(folder, "subjects", [summary(result), {"subject": "real photos", **result["real"]}])
-    save_picture(score_grid(gallery, subject), folder / "grid.png")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def pictures(args: argparse.Namespace) -> dict:
@@ -238,7 +162,7 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
     record = {"steps": args.num_inference_steps, "guidance": args.guidance_scale, "scheduler": args.scheduler}
     judged: dict[tuple, tuple] = {}  # of each subject and base
 
-    def drawing(pipeline: StableDiffusionPipeline) -> partial:
+    def drawing(pipeline) -> partial:
         pipeline.scheduler = choose_scheduler(pipeline, args.scheduler)
         return partial(draw, pipeline)
 
@@ -289,7 +213,7 @@ def embedded_subject(config: dict) -> str:
 
 def controlnet(args: argparse.Namespace) -> list[dict]:
     """Score a ControlNet run; returns the table's rows."""
-    more = {"landmarks": load_landmarks(args.device)} if args.landmarks else {}
+    more = {"landmarks": load_landmarks(str(args.device))} if args.landmarks else {}
     test = ControlTest.of(
         args.runs,
         lambda kind, part: Controls(kind, "test" if part == "held out" else part),
@@ -329,8 +253,7 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="pictures at a time")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"where everything runs (default here: {device})")
+    parser.add_argument("--device", metavar="NAME", help="where everything runs (default: the fastest there is)")
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -410,7 +333,10 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_drawing_flags(command)
     add_batch_flags(command)
     command.set_defaults(run=controlnet)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "device" in args:
+        args.device = choose_device(args.device)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

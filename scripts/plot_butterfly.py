@@ -17,6 +17,9 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import finetuning  # noqa: F401 - first, for it quiets the libraries
+
+# isort: split
 from boft.cayley import cayley, skew
 from boft.rotation import apply_blocks, apply_factor, compose
 

@@ -127,7 +127,7 @@ def main(what: dict[str, Any]) -> None:
         plain_loop(what["plain"], Workload(**what["work"]), turns)
     else:
         trainer_loop(Path(what["trainer"]), Path(what["config"]), turns)
-    turns.say(peak=peak_resident_memory() / 2**30)
+    turns.say(peak=peak_resident_memory())
 
 
 if __name__ == "__main__":

@@ -41,3 +41,24 @@ def print_rotation_table(rows: list[dict]) -> None:
     for d, b in dict.fromkeys((row["d"], row["b"]) for row in rows):
         times = {row["m"]: row["milliseconds"] for row in rows if (row["d"], row["b"]) == (d, b)}
         print(f"| {d} | {b} | " + " | ".join(f"{times[m]:.2f}" if m in times else "–" for m in depths) + " |")
+
+
+def plot(results: dict[str, dict[str, float]], path: str, reference: str) -> None:
+    """Bars of the step times relative to the reference's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {name: row["to LoRA"] for name, row in results.items() if "to LoRA" in row}
+    figure, axes = plt.subplots(figsize=(7, 0.35 * len(shown) + 1), layout="constrained")
+    colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in shown]
+    bars = axes.barh(list(shown), list(shown.values()), color=colors)
+    labels = [f"{value:.2f}" + (f" ± {results[name]['±']:.2f}" * (name != reference)) for name, value in shown.items()]
+    for label in axes.bar_label(bars, labels, padding=4):
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line at 1
+    axes.margins(x=0.3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("training step, relative to LoRA r=16")
+    figure.savefig(path, dpi=150)
