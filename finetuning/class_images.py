@@ -50,15 +50,6 @@ def missing_indices(folder: Path, count: int) -> list[int]:
     return [i for i in range(count) if not image_path(folder, i).exists()]
 
 
-def batches_of(missing: Sequence[int], count: int, size: int, rank: int = 0, processes: int = 1) -> list[int]:
-    """What a process draws so that nothing is missing: whole batches of `size`, as where nothing is there yet.
-
-    In another batch a picture would be rounded otherwise.
-    """
-    batches = sorted({i // size for i in missing})[rank::processes]
-    return [i for batch in batches for i in range(batch * size, min((batch + 1) * size, count))]
-
-
 def check_record(folder: Path, record: dict) -> None:
     """Generated images must have been made as they would be made now.
 
@@ -112,6 +103,15 @@ def write_record(folder: Path, record: dict) -> None:
 
 def generated_examples(folder: Path, count: int, prompts: Sequence[str]) -> list[Example]:
     return [Example(image_path(folder, i), prompts[i % len(prompts)]) for i in range(count)]
+
+
+def batches_of(missing: Sequence[int], count: int, size: int, rank: int = 0, processes: int = 1) -> list[int]:
+    """What a process draws so that nothing is missing: whole batches of `size`, as where nothing is there yet.
+
+    In another batch a picture would be rounded otherwise.
+    """
+    batches = sorted({i // size for i in missing})[rank::processes]
+    return [i for batch in batches for i in range(batch * size, min((batch + 1) * size, count))]
 
 
 def _is_generated(path: Path) -> bool:
