@@ -113,7 +113,8 @@ class Checkpoints:
             InputError: as `find`; or a new run would mix with what stands, or remove what no run has put there.
         """
         found = None if name is None else self.find(name)
-        if strangers := strangers_in(self.folder):
+        others = [path.name for path in self.all() if not _is_ours(path)]
+        if strangers := strangers_in(self.folder) + others:
             raise InputError(
                 f"--output_dir={self.folder}: holds {strangers[0]}, which no run has put there and this one would "
                 "remove; move it, or give another folder"
@@ -178,6 +179,11 @@ class Checkpoints:
 def is_checkpoint(path: Path) -> bool:
     """By its name."""
     return re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Also of a damaged one; other trainers have folders of that name, too."""
+    return any((checkpoint / name).exists() for name in (MANIFEST, STATE)) or not any(checkpoint.iterdir())
 
 
 def step_of(path: Path) -> int:

@@ -90,12 +90,13 @@ def generate(
     seed: int,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Make these images; `advance` is told how many were made."""
+    """Draw these images and keep those that are not there yet; `advance` is told how many were drawn."""
     for start, images in sampler.batches(
         [prompts[i % len(prompts)] for i in indices], seed, [f"class/{i}" for i in indices]
     ):
         for i, image in zip(indices[start:], images):
-            save_picture(image, image_path(folder, i))
+            if not image_path(folder, i).exists():
+                save_picture(image, image_path(folder, i))
         advance(len(images))
 
 
@@ -106,6 +107,15 @@ def write_record(folder: Path, record: dict) -> None:
 
 def generated_examples(folder: Path, count: int, prompts: Sequence[str]) -> list[Example]:
     return [Example(image_path(folder, i), prompts[i % len(prompts)]) for i in range(count)]
+
+
+def batches_of(missing: Sequence[int], count: int, size: int, rank: int = 0, processes: int = 1) -> list[int]:
+    """What a process draws so that nothing is missing: whole batches of `size`, as where nothing is there yet.
+
+    In another batch a picture would be rounded otherwise.
+    """
+    batches = sorted({i // size for i in missing})[rank::processes]
+    return [i for batch in batches for i in range(batch * size, min((batch + 1) * size, count))]
 
 
 def _is_generated(path: Path) -> bool:

@@ -40,7 +40,7 @@ def build_prior_stream(
         if run.is_main:
             class_images.write_record(folder, class_image_record(settings, sampler, fingerprint, seed))
         run.accelerator.wait_for_everyone()
-        mine = missing[run.rank :: run.processes]
+        mine = class_images.batches_of(missing, count, sampler.batch_size, run.rank, run.processes)
         with run.progress("class images", len(mine)) as bar, disabled(adapters.values()):
             class_images.generate(folder, mine, prompts, sampler, seed, bar.update)
         run.accelerator.wait_for_everyone()

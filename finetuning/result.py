@@ -6,6 +6,7 @@ The parts are folders that `write_folder` makes; each lists its own files, by wh
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def was_interrupted(folder: Path) -> bool:
 
 def stranger_in(part: Path) -> str | None:
     """A file in a folder that `write_folder` did not put there, or None; hidden ones do not count."""
-    if not part.is_dir():
+    if part.is_symlink() or not part.is_dir():
         return part.name
     files = [str(p.relative_to(part)) for p in sorted(part.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     try:
@@ -51,5 +52,5 @@ def stranger_in(part: Path) -> str | None:
 
 def strangers_in(folder: Path, parts: Sequence[str] = PARTS) -> list[str]:
     """Files in the places of a run's parts that no run has put there, as paths inside the folder."""
-    found = [(name, stranger_in(folder / name)) for name in parts if (folder / name).exists()]
+    found = [(name, stranger_in(folder / name)) for name in parts if os.path.lexists(folder / name)]
     return [name if stranger == name else f"{name}/{stranger}" for name, stranger in found if stranger is not None]

@@ -59,7 +59,8 @@ class Run:
     ):
         self.mixed_precision = precision(os.environ, mixed_precision)
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
-            raise InputError("--mixed_precision=fp16: needs a CUDA GPU; use bf16 or no")
+            asked = "--mixed_precision=fp16" if mixed_precision else "fp16, for which accelerate is configured"
+            raise InputError(f"{asked}: needs a CUDA GPU; use --mixed_precision=bf16 or no")
         self.accelerator = join_processes(accumulation, self.mixed_precision)
         if allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -301,10 +302,11 @@ def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
             cpu=asked > 1 and not torch.cuda.is_available(),  # else it would be alone: it joins CPUs only when told to
         )
     except (ValueError, RuntimeError, ImportError) as error:
-        if asked == 1:
+        if "LOCAL_RANK" not in os.environ:
             raise
         raise InputError(
-            f"WORLD_SIZE={asked}: the processes cannot be joined ({error}); start them with {LAUNCH}"
+            f"WORLD_SIZE={asked}: the processes cannot be joined ({error}); start them with {LAUNCH}, or unset "
+            "WORLD_SIZE, RANK and LOCAL_RANK to train in one"
         ) from error
     if accelerator.num_processes != asked:
         raise InputError(

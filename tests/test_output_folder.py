@@ -106,18 +106,30 @@ def test_an_adapter_over_a_full_fine_tune_leaves_no_mixture(result, toy_base, tm
     assert (output / "unet" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("where", ["unet/mine.txt", "vae/model.bin"])
+@pytest.mark.parametrize("where", ["unet/mine.txt", "vae/model.bin", "checkpoint-9/optimizer.bin"])
 def test_what_no_run_has_put_there_is_never_removed(where, result, output, toy_base, capsys):
     (output / where).parent.mkdir(exist_ok=True)
     (output / where).touch()
     before = content(output)
     arguments = flags(toy_base, result / "photos", output, *STEP, "--overwrite_output_dir")
-    assert where in refused(run(*arguments), capsys)
+    assert f"holds {where.removesuffix('/optimizer.bin')}, which" in refused(run(*arguments), capsys)
     assert content(output) == before
     (output / where).unlink()
     if not any((output / where).parent.iterdir()):
         (output / where).parent.rmdir()
     assert run(*arguments) == 0
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(tmp_path):
+    """Nor removed, even if it leads to what a run has made, or nowhere."""
+    write_folder(tmp_path / "elsewhere", lambda folder: (folder / "weights").touch())
+    (tmp_path / "output").mkdir()
+    for target in ("elsewhere", "nowhere"):
+        (tmp_path / "output" / "unet").symlink_to(tmp_path / target)
+        with pytest.raises(InputError, match="holds unet, which no run has put there"):
+            Checkpoints(tmp_path / "output").choose(None, overwrite=True)
+        (tmp_path / "output" / "unet").unlink()
+    assert (tmp_path / "elsewhere" / "weights").exists()
 
 
 def test_a_folder_that_appears_while_training_is_not_removed_either(tmp_path):

@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
 from test_checkpoint import largest_file
-from training import BOFT, assert_same, flags, metrics, optimizer_of, prior_flags, run, weights
+from training import BOFT, assert_same, flags, metrics, optimizer_of, prior_flags, run, run_in_two, weights
 
 from finetuning.checkpoint import damage
 from finetuning.config import read_config
@@ -125,6 +125,24 @@ def test_class_images_do_not_depend_on_the_batch_size(finished, toy_base, tmp_pa
     for path in sorted((tmp_path / "class").glob("class-*.png")):
         a, b = (torch.tensor(list(Image.open(p).tobytes())) for p in (path, finished / "class" / path.name))
         assert (a - b).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_class_images_are_the_same_bits_whatever_was_missing(scheduler, toy_base, photos, tmp_path):
+    base, classes = Path(shutil.copytree(toy_base, tmp_path / "base")), tmp_path / "class"
+    for file in (base / "model_index.json", base / "scheduler" / "scheduler_config.json"):
+        file.write_text(file.read_text().replace("DDIMScheduler", scheduler))
+    arguments = [*flags(base, photos, tmp_path / "output", *prior_flags(classes, 7)), "--overwrite_output_dir"]
+    more = ["--max_train_steps=1", "--sample_batch_size=3"]
+    assert run(*arguments, *more) == 0
+    before = {path.name: path.read_bytes() for path in classes.glob("*.png")}
+    for i in (1, 2, 3, 6):
+        (classes / f"class-0000{i}.png").unlink()
+    assert run(*arguments, *more) == 0
+    assert {path.name: path.read_bytes() for path in classes.glob("*.png")} == before
+    shutil.rmtree(classes)
+    assert run_in_two(*arguments, *more) == 0
+    assert {path.name: path.read_bytes() for path in classes.glob("*.png")} == before
 
 
 @pytest.mark.parametrize(
