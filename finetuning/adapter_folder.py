@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import PeftType
 from safetensors.torch import load_file
 
 from .adapter import ADAPTER_WEIGHTS
-from .config import InputError
+from .config import InputError, value_faults
+from .control_settings import ControlNetConfig
 from .run import CONFIG
+from .settings import DreamBoothConfig
 from .stable_diffusion import MIRRORS
+from .yaml_file import read_yaml
 
 PARTS = ("unet", "text_encoder")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,12 +38,20 @@ def load_run_config(run: Path) -> dict:
     """The resolved configuration of a run.
 
     Raises:
-        InputError: the folder is not a run's output.
+        InputError: the folder is not a run's output, or the configuration has been damaged.
     """
     path = run / CONFIG
     if not path.is_file():
         raise InputError(f"{run}: not the output of a training run (it has no {CONFIG}); give a run's --output_dir")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    faults = value_faults((DreamBoothConfig, ControlNetConfig), content if isinstance(content, dict) else {})
+    if not isinstance(content, dict) or not isinstance(content.get("pretrained_model_name_or_path"), str) or faults:
+        said = "; ".join(faults) or "it does not name pretrained_model_name_or_path"
+        raise InputError(f"{path}: is not the configuration of a run ({said})")
+    return content
 
 
 def local_folder(path: str | Path) -> Path:

@@ -29,7 +29,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SUCH_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
-LONGEST = 500  # letters of a value in a message
+LONGEST = 1000  # letters of a value in a message
 MEMORY_FULL = ("out of memory", "can't allocate memory")  # in torch's RuntimeErrors, on GPUs and CPUs
 
 
@@ -208,6 +208,16 @@ def read_config(cls: type[C], argv: Sequence[str] | None = None, description: st
     return config
 
 
+def value_faults(configs: Sequence[type[Config]], given: dict[str, Any]) -> list[str]:
+    """What is wrong with values from elsewhere, each by itself; names that no Config class knows are passed over."""
+    fields = {field.name: (field, _kinds(cls)[field.name]) for cls in configs for field in _fields(cls)}
+    values, faults = {}, []
+    for name in given.keys() & fields.keys():
+        _convert(name, given[name], fields[name][1], values, faults, f"{name}: {show(given[name])}")
+    ranges = (_range_fault(fields[name][0], value) for name, value in values.items())
+    return faults + [fault.removeprefix("--") for fault in ranges if fault]
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a program and return its exit code: 2 if the input is wrong, 1 if the run cannot go on, 130 after Ctrl-C.
 
@@ -249,7 +259,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             )
     if int(os.environ.get("RANK", 0)) == 0:  # of several processes only the first one speaks
         for line in message.splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            is_short = len(line) <= 2 * LONGEST
+            print(f"error: {line if is_short else f'{line[:LONGEST]} … {line[-LONGEST:]}'}", file=sys.stderr)
     return code
 
 

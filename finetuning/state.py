@@ -5,6 +5,8 @@ Randomness is not part of it: it follows from the seed and the position, see ran
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .adapter import Adapter
 from .averages import Averages
-from .checkpoint import load_state, save_state
+from .checkpoint import STATE, load_state, save_state
 from .config import Config, InputError, contradictions
 
 
@@ -75,22 +77,51 @@ class TrainingState:
             InputError: it is damaged, or belongs to another run; lists all differences.
         """
         state = load_state(folder)
-        self._check(state, folder, last_step, may_change)
-        for name, adapter in self.adapters.items():
-            adapter.load(folder / name)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.averages is not None:
-            self.averages.load_state_dict(state["averages"])
+        try:
+            self._check(state, folder, last_step, may_change)
+            for name, adapter in self.adapters.items():
+                adapter.load(folder / name)
+            self._restore(state)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a file holds that says to be a state
+            text = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--resume_from_checkpoint={folder.name}: {STATE} does not hold the state of such a run "
+                f"({type(error).__name__}: {text}); use another checkpoint"
+            ) from error
         return state["step"]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Optimizer, schedule, scaler and averages; raises ValueError if they were not made by such ones."""
+        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "averages": self.averages}
+        if state["scaler"] is not None:
+            parts["scaler"] = self.scaler
+        for name, part in parts.items():
+            if part is None:
+                continue
+            own = part.state_dict()
+            compared = {"param_groups": own["param_groups"]} if name == "optimizer" else own  # it has no moments yet
+            if not is_like(state[name], compared):
+                raise ValueError(f"its {name} is of another form")
+            part.load_state_dict(state[name])
+        if self.schedule.last_epoch != state["step"]:
+            raise ValueError(f"its schedule is at step {self.schedule.last_epoch}")
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments and moments[name].shape != parameter.shape:
+                    raise ValueError(f"its {name} has the shape {tuple(moments[name].shape)}")
+            if not all(torch.isfinite(tensor).all() for tensor in tensors_in(moments)):
+                raise ValueError("its optimizer holds numbers that are not finite")
 
     def _check(self, state: dict[str, Any], folder: Path, last_step: int, may_change: tuple[str, ...]) -> None:
         replaced = (  # by the product of the three sizes of a batch, by fingerprints, by the record of class images
             "train_batch_size", "gradient_accumulation_steps", "pretrained_model_name_or_path", "variant",
             "instance_data_dir", "train_data_dir", "class_data_dir",
         )  # fmt: skip
+        step, named = state["step"], re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if type(step) is not int or step < 0 or (named and step != int(named[1])):
+            raise ValueError(f"it says that it is of step {step!r:.20}")
         faults = contradictions(state["config"], self.config, (*replaced, *may_change))
         if state["weights"] != self.weights:
             faults.append("--pretrained_model_name_or_path: the checkpoint belongs to another base model")
@@ -114,3 +145,24 @@ def tensors_in(state: Any) -> Iterator[torch.Tensor]:
     elif isinstance(state, (dict, list, tuple)):
         for value in state.values() if isinstance(state, dict) else state:
             yield from tensors_in(value)
+
+
+def is_like(found: Any, own: Any) -> bool:
+    """Whether a part of a state has the form of one's own: its keys, lengths, shapes and kinds of values.
+
+    Keys that only one of them has are passed over, since libraries add some from version to version.
+    """
+    if isinstance(own, dict):
+        return isinstance(found, dict) and all(
+            is_like(found[key], value) for key, value in own.items() if key in found
+        )
+    if isinstance(own, (list, tuple)):
+        is_list = isinstance(found, (list, tuple)) and len(found) == len(own)
+        return is_list and all(map(is_like, found, own))
+    if isinstance(own, torch.Tensor):
+        return isinstance(found, torch.Tensor) and found.shape == own.shape
+    if own is None or isinstance(own, bool):
+        return found is None or isinstance(found, bool)
+    if isinstance(own, (int, float)):
+        return isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
+    return type(found) is type(own)
