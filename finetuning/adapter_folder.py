@@ -31,6 +31,7 @@ SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
     "diffusion_pytorch_model.safetensors",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LARGEST = 1e8  # far above what training leaves; powers of it are still finite
 KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
 
 
@@ -121,15 +122,29 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
                 )
             raise InputError(f"{source}: has no {ADAPTER_WEIGHTS}; is it complete?")
         try:
-            keys = load_file(source / ADAPTER_WEIGHTS).keys()
+            tensors = load_file(source / ADAPTER_WEIGHTS)
         except Exception as error:
             raise InputError(f"{source / ADAPTER_WEIGHTS}: cannot be read ({error})") from error
+        check_tensors(tensors, source / ADAPTER_WEIGHTS)
         kind_of(source)
     if None in found:  # a bare folder says by its keys what it is for
-        first = next(iter(keys)).removeprefix("base_model.model.").split(".boft_")[0].split(".lora_")[0]
+        first = next(iter(tensors)).removeprefix("base_model.model.").split(".boft_")[0].split(".lora_")[0]
         part = next((p for p in PARTS if first in dict(modules[p].named_modules())), "unet")
         found = {part: folder}
     return found
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse what no training leaves: none at all, or numbers that cannot be computed with.
+
+    Raises:
+        InputError: with the name of the tensor.
+    """
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors; is it complete?")
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.double().abs().max() < LARGEST:
+            raise InputError(f"{path}: {name} holds numbers that are not finite or above {LARGEST:g}; it is damaged")
 
 
 def kind_of(source: Path) -> PeftType:

@@ -11,6 +11,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
@@ -19,6 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import InputError
+
+M = TypeVar("M", bound=ModelMixin)
 
 WIDTHS = (16, 32, 96, 256)  # of the papers' encoder
 SILU_GAIN = 1.68  # keeps the size of features from layer to layer; by torch's own default they would fade
@@ -156,7 +160,7 @@ def make_full(
         )
     flag = f"--controlnet_model_name_or_path={name}"
     try:
-        control = ControlNetModel.from_pretrained(name)
+        control = load_whole(ControlNetModel, name)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(f"{flag}: cannot be loaded; is it a ControlNet's folder or name? {text}") from error
@@ -170,6 +174,23 @@ def make_full(
             "give that number"
         )
     return control
+
+
+def load_whole(kind: type[M], place: str | Path) -> M:
+    """A model of one of diffusers' classes, of which nothing is missing: the library would make up what is.
+
+    Raises:
+        ValueError: tensors are missing, left over, or hold numbers that are not finite.
+        OSError and others: it is not there, or cannot be read.
+    """
+    model, report = kind.from_pretrained(place, output_loading_info=True)
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(fault):
+            raise ValueError(f"its weights do not fit its configuration: {fault} {sorted(map(str, report[fault]))[0]}")
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds numbers that are not finite; it is damaged")
+    return model
 
 
 def _plain(value: object) -> object:

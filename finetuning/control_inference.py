@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from .adapter_folder import ADAPTER_CONFIG, load_run_config, local_folder
 from .config import InputError
-from .control import PARTS, HintEncoder
+from .control import PARTS, HintEncoder, load_whole
 from .control_pipeline import LightControlPipeline, control_pipeline
 from .inference import load_adapter
 from .stable_diffusion import choose_attention, load_stable_diffusion
@@ -31,12 +31,10 @@ def load_control_run(
         raise InputError(f"{run}: is a run of train_dreambooth.py; give one of train_controlnet.py")
     is_light = (run / PARTS["light"]).is_dir()
     try:
-        control = (
-            HintEncoder.from_pretrained(run / PARTS["light"]) if is_light else ControlNetModel.from_pretrained(run)
-        )
+        control = load_whole(HintEncoder, run / PARTS["light"]) if is_light else load_whole(ControlNetModel, run)
     except Exception as error:
         text = " ".join(str(error).split())[:200]
-        raise InputError(f"{run}: holds no hint encoder and no ControlNet; has the run ended? {text}") from error
+        raise InputError(f"{run}: holds no sound hint encoder or ControlNet; has the run ended? {text}") from error
     name = config["pretrained_model_name_or_path"]
     base = load_stable_diffusion(name, config.get("revision"), config.get("variant"), config.get("tokenizer_name"))
     pipeline = control_pipeline(base, control.eval()).to(device, dtype)

@@ -27,6 +27,8 @@ from training import run as train
 
 from finetuning.checkpoint import MANIFEST, _listing
 from finetuning.config import fields_of, read_config
+from finetuning.control import make_full, make_light
+from finetuning.control_inference import load_control_run
 from finetuning.control_settings import ControlNetConfig
 from finetuning.inference import load_adapter, load_base, unload_adapter
 from finetuning.settings import DreamBoothConfig
@@ -51,6 +53,12 @@ def world(toy_base, tmp_path_factory) -> Path:
     for name, adapter in (("boft", BOFT), ("lora", LORA)):
         steps = ("--max_train_steps=2", "--checkpointing_steps=1", "--train_batch_size=1")
         assert train(*flags(folder / "base", folder / "photos", folder / name, *steps, adapter=adapter)) == 0
+    unet = load_base(str(folder / "base")).unet
+    make_light(unet, 2, 3).save_pretrained(folder / "light" / "hint_encoder")
+    make_full(unet, 2, 3).save_pretrained(folder / "full")
+    for name, adapter in (("light", BOFT), ("full", ())):
+        argv = control_flags(folder / "base", folder / "data", folder / name, adapter=adapter)
+        read_config(ControlNetConfig, argv).save(folder / name / "config.yaml")
     return folder
 
 
@@ -155,3 +163,27 @@ def test_adapters(seed, world, pipeline, tmp_path, capsys):
         assert torch.isfinite(answer(pipeline)).all()
     unload_adapter(pipeline)
     assert torch.equal(answer(pipeline), base)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_controls(seed, world, tmp_path, capsys):
+    """Hint encoders and ControlNets, which diffusers would fill up with random numbers."""
+    draw = random.Random(seed)
+    kind, part = draw.choice((("light", "hint_encoder"), ("full", ".")))
+    run = Path(
+        shutil.copytree(world / kind, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "validation"))
+    )
+    names = ("config.json", "diffusion_pytorch_model.safetensors")
+    (tmp_path / "part").mkdir()
+    for name in names:  # what is disturbed is one of them
+        (run / part / name).rename(tmp_path / "part" / name)
+    disturb(tmp_path / "part", world / ("full" if kind == "light" else "light"), draw)
+    for path in (tmp_path / "part").iterdir():
+        path.rename(run / part / path.name)
+    made = []
+    if outcome(lambda argv: made.append(load_control_run(run)), [], run, capsys) == 0:
+        pipeline = made[0]
+        loaded = (pipeline.hint_encoder if kind == "light" else pipeline.controlnet).state_dict()
+        stored = load_file(run / part / names[1])
+        assert stored.keys() == loaded.keys() and all(torch.equal(stored[n].float(), loaded[n]) for n in stored)
+        assert all(torch.isfinite(tensor).all() for tensor in stored.values())
