@@ -26,6 +26,8 @@ from .stable_diffusion import StableDiffusion
 
 M = TypeVar("M", bound=ModelMixin)
 
+M = TypeVar("M", bound=ModelMixin)
+
 WIDTHS = (16, 32, 96, 256)  # of the papers' encoder
 SILU_GAIN = 1.68  # keeps the size of features from layer to layer; by torch's own default they would fade
 PARTS = {"light": "hint_encoder", "full": "controlnet"}  # what the module of a kind of control is called

@@ -40,6 +40,7 @@ NEEDED = ["--instance_data_dir=photos", "--instance_prompt=a qwe mug"]
 NAMES = [field.name for _, field in fields_of(read_config(DreamBoothConfig, NEEDED))]
 ODD_ARGUMENTS = ("\udcff", "a\0b", "=", "-", "--", "-1e3", "--seed", "/dev/null", "*")
 LORA = ("--use_lora", "--rank=2")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
