@@ -33,7 +33,6 @@ from finetuning.original_layout import original_layout
 from scripts import export, merge
 
 
-
 @pytest.fixture(scope="module")
 def sd2_base(tmp_path_factory) -> Path:
     """The layout of Stable Diffusion 2: linear projections around attention, OpenCLIP's text encoder."""

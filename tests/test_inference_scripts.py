@@ -16,7 +16,6 @@ from finetuning.generation import read_parameters
 from scripts import export, generate, merge, time_generation
 
 
-
 @pytest.fixture(scope="module")
 def run(toy_base, tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("export") / "mug", toy_base, MAKERS["boft with biases"])
