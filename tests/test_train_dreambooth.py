@@ -22,6 +22,7 @@ from test_checkpoint import largest_file
 from training import BOFT, assert_same, flags, metrics, optimizer_of, prior_flags, run, run_in_two, weights
 
 from finetuning.checkpoint import damage
+from finetuning.class_images import batches_of
 from finetuning.config import read_config
 from finetuning.run import Run
 from finetuning.settings import DreamBoothConfig
@@ -125,6 +126,14 @@ def test_class_images_do_not_depend_on_the_batch_size(finished, toy_base, tmp_pa
     for path in sorted((tmp_path / "class").glob("class-*.png")):
         a, b = (torch.tensor(list(Image.open(p).tobytes())) for p in (path, finished / "class" / path.name))
         assert (a - b).abs().max() <= 1
+
+
+def test_missing_class_images_are_drawn_in_the_batches_of_an_empty_folder():
+    """Whose rounding they would otherwise not have; processes share whole batches."""
+    assert batches_of(range(7), 7, 3) == [0, 1, 2, 3, 4, 5, 6]
+    assert batches_of([1, 6], 7, 3) == [0, 1, 2, 6]
+    assert [batches_of(range(7), 7, 3, rank, 2) for rank in (0, 1)] == [[0, 1, 2, 6], [3, 4, 5]]
+    assert batches_of([], 7, 3) == []
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
