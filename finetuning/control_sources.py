@@ -72,7 +72,10 @@ def verify_condition(path: Path) -> tuple[int, int]:
     """
     if path.suffix.lower() == ".npy":
         with naming(str(path), "control"):
-            return tuple(sorted(_mapped(path).shape[:2]))
+            shape = _mapped(path).shape
+            if len(shape) not in (2, 3):
+                raise ValueError(f"an array {shape}; give (H, W) or (H, W, C)")
+            return tuple(sorted(shape[:2]))
     return verify_picture(path, str(path), "control")
 
 

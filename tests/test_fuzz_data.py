@@ -166,8 +166,9 @@ def mutate_image(random: Random, folder: Path) -> None:
 def mutate_names(random: Random, folder: Path) -> None:
     place = folder / random.choice(("", "controls"))
     name = unicodedata.normalize(random.choice(("NFC", "NFD")), random.choice(NAMES))
-    if random.random() < 0.3:
-        (place / f"{random.randrange(IMAGES)}.png").replace(place / name)
+    image = place / f"{random.randrange(IMAGES)}.png"
+    if random.random() < 0.3 and image.is_file():
+        image.replace(place / name)
     elif not (place / name).exists():
         (place / name).write_bytes(random.choice((draw_photo(1).tobytes(), picture(random), b"a mug", b"")))
 

@@ -91,6 +91,13 @@ def test_files_that_are_no_arrays(tmp_path):
                 read(path)
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4, 4, 3)])
+def test_the_header_of_an_array_tells_that_it_is_no_picture(shape, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(shape))
+    with pytest.raises(InputError, match=r"x\.npy: not a readable control \(an array .* give \(H, W\)"):
+        verify_condition(tmp_path / "x.npy")
+
+
 def test_photos_and_controls_of_32_bits_are_refused_alike():
     for image in (Image.new("F", (16, 16), 0.5), Image.new("I", (16, 16), 70_000)):
         with pytest.raises(InputError, match=r"x: mode .* no known range; save it in 8 or 16 bits"):
