@@ -16,10 +16,7 @@ from .control_settings import ControlNetConfig
 from .run import CONFIG
 from .settings import DreamBoothConfig
 from .stable_diffusion import MIRRORS
-<<<<<<< HEAD
 from .stored_adapter import ADAPTER_CONFIG, plain_name, read_config, read_tensors, split_key
-=======
->>>>>>> doors
 from .yaml_file import read_yaml
 
 PARTS = ("unet", "text_encoder")
@@ -32,11 +29,6 @@ SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
     "diffusion_pytorch_model.safetensors",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-<<<<<<< HEAD
-=======
-LARGEST = 1e8  # far above what training leaves; powers of it are still finite
-KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
->>>>>>> doors
 
 
 def load_run_config(run: Path) -> dict:
@@ -126,7 +118,6 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
                     "save the adapter as safetensors"
                 )
             raise InputError(f"{source}: has no {ADAPTER_WEIGHTS}; is it complete?")
-<<<<<<< HEAD
         read_config(source)
         keys = read_tensors(source).keys()
     if None in found:  # a bare folder says by its keys what it is for
@@ -138,53 +129,6 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
     return found
 
 
-=======
-        try:
-            tensors = load_file(source / ADAPTER_WEIGHTS)
-        except Exception as error:
-            raise InputError(f"{source / ADAPTER_WEIGHTS}: cannot be read ({error})") from error
-        check_tensors(tensors, source / ADAPTER_WEIGHTS)
-        kind_of(source)
-    if None in found:  # a bare folder says by its keys what it is for
-        first = next(iter(tensors)).removeprefix("base_model.model.").split(".boft_")[0].split(".lora_")[0]
-        part = next((p for p in PARTS if first in dict(modules[p].named_modules())), "unet")
-        found = {part: folder}
-    return found
-
-
-def check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse what no training leaves: none at all, or numbers that cannot be computed with.
-
-    Raises:
-        InputError: with the name of the tensor.
-    """
-    if not tensors:
-        raise InputError(f"{path}: holds no tensors; is it complete?")
-    for name, tensor in tensors.items():
-        if tensor.numel() and not tensor.double().abs().max() < LARGEST:
-            raise InputError(f"{path}: {name} holds numbers that are not finite or above {LARGEST:g}; it is damaged")
-
-
-def kind_of(source: Path) -> PeftType:
-    """BOFT or LoRA, by what a folder in peft's format says.
-
-    Raises:
-        InputError: unreadable, another kind, or one that replaces modules.
-    """
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-    except Exception as error:
-        raise InputError(
-            f"{source / ADAPTER_CONFIG}: cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if config.peft_type not in KINDS:
-        raise InputError(f"{source}: is {config.peft_type}; BOFT and LoRA adapters can be loaded")
-    if getattr(config, "modules_to_save", None):
-        raise InputError(f"{source}: replaces whole modules (modules_to_save), which cannot be given a strength")
-    return config.peft_type
-
-
->>>>>>> doors
 def run_of(folder: Path) -> Path | None:
     """The run's folder, if this is one, or one of its checkpoints or parts."""
     return next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
