@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.control_settings import ControlNetConfig
-from finetuning.launch import launch
+from finetuning.run.launch import launch
+from finetuning.settings.control import ControlNetConfig
 
 if __name__ == "__main__":
     config = launch(ControlNetConfig, __doc__)
@@ -26,23 +26,25 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
-from finetuning.builders import begin, build_base, build_hub, build_run, build_sampler, build_training
-from finetuning.config import InputError, read_config, run_command
-from finetuning.control import PARTS, predict
-from finetuning.control_builders import build_control, build_detectors, build_streams, read_validation
-from finetuning.control_card import write_card
-from finetuning.control_conditions import show_condition
-from finetuning.control_data import ControlBatch, ControlBatches
-from finetuning.control_evaluation import consistency, overlay, plot_course, references
-from finetuning.control_sampler import ControlSampler
-from finetuning.dataset import read_prompts, to_image
-from finetuning.objective import mean_squared_error
-from finetuning.picture import grid, save_picture
+from finetuning.builders import begin, build_base, build_hub, build_sampler, build_training
+from finetuning.control.builders import build_control, build_detectors, build_streams, read_validation
+from finetuning.control.card import write_card
+from finetuning.control.conditions import show_condition
+from finetuning.control.consistency import consistency, overlay, plot_course, references
+from finetuning.control.network import PARTS, predict
+from finetuning.control.sampler import ControlSampler
+from finetuning.control.stream import ControlBatch, ControlBatches
+from finetuning.dataset.stream import read_prompts, to_image
+from finetuning.errors import InputError
+from finetuning.files import save_picture
+from finetuning.objective.diffusion import mean_squared_error
+from finetuning.pictures.grid import grid
 from finetuning.randomness import seed_modules
-from finetuning.report import read_metrics
-from finetuning.run import DTYPES, METRICS
-from finetuning.training import Losses
-from finetuning.validation import draw_validation
+from finetuning.run.run import DTYPES
+from finetuning.run_folder import COMPARISON, METRICS, VALIDATION, read_metrics
+from finetuning.settings.fields import read_config, run_command
+from finetuning.training.training import Losses
+from finetuning.training.validation import draw_validation
 from toyworld.controls import Controls
 from toyworld.segmentation import load_segmentation
 
@@ -99,11 +101,8 @@ class ControlNet:
         self.B, self.part = config.optimization.train_batch_size, PARTS[config.kind]
 
         # Processes and base model:
-        self.run = build_run(config)
-        self.base = build_base(config, self.run)
+        self.run, self.base, config = build_base(config)
         self.config = config = config.with_values(
-            mixed_precision=self.run.mixed_precision,
-            resolution=self.base.check_resolution(config.data.resolution),
             dataset_name=config.data.dataset_place,
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
         )
@@ -169,7 +168,7 @@ class ControlNet:
         pictures = self.sampler(batch.prompts, self.seed, batch.keys, batch.conditions)
         found = consistency(pictures, self.wanted, self.detectors)
         self.run.log(step, held_out_loss=loss.item(), **found.scores)
-        plot_course(read_metrics(self.output / METRICS), found.scores, self.output / "validation" / "consistency.png")
+        plot_course(read_metrics(self.output / METRICS), found.scores, self.output / VALIDATION / "consistency.png")
         self.run.log_picture(step, "held-out", self.picture(pictures))
         if self.shown:
             conditions, prompts = self.shown
@@ -191,7 +190,7 @@ class ControlNet:
             if name == "controlnet":  # where diffusers' script has it
                 adapter.save(self.output)
         self.training.write_adapters(self.output, but=("controlnet",))
-        batch, path = self.held_out, self.output / "comparison.png"
+        batch, path = self.held_out, self.output / COMPARISON
         pictures = self.sampler(batch.prompts[:SHOWN], self.seed, batch.keys[:SHOWN], batch.conditions[:SHOWN])
         save_picture(self.picture(pictures), path)
         self.run.say(f"controls, results, overlays: {path}")

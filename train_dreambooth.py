@@ -18,31 +18,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.launch import launch
-from finetuning.settings import DreamBoothConfig
+from finetuning.run.launch import launch
+from finetuning.settings.dreambooth import DreamBoothConfig
 
 if __name__ == "__main__":
     config = launch(DreamBoothConfig, __doc__)
 
 import torch
 
-from finetuning.adapter import disabled
-from finetuning.before_after import Draw, before_and_after
-from finetuning.builders import begin, build_adapters, build_base, build_hub, build_run, build_sampler, build_training
-from finetuning.captions import read_prompt
-from finetuning.checkpoint import write_pipeline
-from finetuning.config import InputError, read_config, run_command
-from finetuning.dataset import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
-from finetuning.objective import mean_squared_error
-from finetuning.picture import save_picture
-from finetuning.prior import build_prior_stream, check_prior
+from finetuning.adapters.adapter import disabled
+from finetuning.builders import begin, build_adapters, build_base, build_hub, build_sampler, build_training
+from finetuning.dataset.captions import read_prompt
+from finetuning.dataset.stream import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
+from finetuning.dreambooth.before_after import Draw, before_and_after
+from finetuning.dreambooth.card import write_card
+from finetuning.dreambooth.prior import build_prior_stream, check_prior
+from finetuning.dreambooth.teacher import Teacher
+from finetuning.errors import InputError
+from finetuning.files import save_picture
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.objective.diffusion import mean_squared_error
 from finetuning.randomness import seed_modules
-from finetuning.run import DTYPES
-from finetuning.stable_diffusion import load_stable_diffusion
-from finetuning.subject_card import write_card
-from finetuning.teacher import Teacher
-from finetuning.training import Losses
-from finetuning.validation import draw_validation
+from finetuning.run.run import DTYPES
+from finetuning.run_folder import COMPARISON
+from finetuning.settings.fields import read_config, run_command
+from finetuning.training.checkpoint import write_pipeline
+from finetuning.training.training import Losses
+from finetuning.training.validation import draw_validation
 
 HELD_OUT = 8  # samples of photos, and of class images, in the held-out loss
 
@@ -111,11 +113,8 @@ class DreamBooth:
         self.B = config.optimization.train_batch_size
 
         # Processes and base model:
-        self.run = build_run(config)
-        self.base = build_base(config, self.run)
+        self.run, self.base, config = build_base(config)
         self.config = config = config.with_values(
-            mixed_precision=self.run.mixed_precision,
-            resolution=self.base.check_resolution(config.data.resolution),
             instance_prompt=read_prompt(config.subject.instance_prompt, "--instance_prompt"),
             class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
@@ -226,7 +225,7 @@ class DreamBooth:
                 photos=[crop(open_image(example.path)) for example in self.photos.examples],
                 photo_caption=f"photos\n“{config.subject.instance_prompt}”",
             )
-            picture = self.output / "comparison.png"
+            picture = self.output / COMPARISON
             save_picture(comparison, picture)
             self.run.say(f"before and after: {picture}")
         write_card(self.output, config, self.base.name, self.training, picture)

@@ -1,5 +1,5 @@
 """What both trainers share: settings, data, base model, objective, adapters, run, checkpoints, pictures."""
 
-from .quiet_libraries import quiet_libraries
+from finetuning.quiet_libraries import quiet_libraries
 
 quiet_libraries()

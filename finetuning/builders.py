@@ -1,4 +1,7 @@
-"""From the settings that both trainers have to objects; prior.py does so for prior preservation."""
+"""From the settings that all trainers have to objects, by two doors: `build_base`, then `build_training`.
+
+Between the two a trainer reads its data and puts its adapters on the base. Nothing is written before `begin`.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +9,55 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from .adapter import Adapter, add_boft, add_lora, train_fully
-from .adapter_settings import AdapterSettings, DreamBoothAdapterSettings
-from .averages import Averages
-from .checkpoint import Checkpoints
-from .config import Config, InputError
-from .hub import HubRepository, open_repository
-from .optimization import RATE, make_optimizer, make_schedule
-from .run import Run, check_writable
-from .sampling import Sampler
-from .schedulers import check_steps
-from .settings import (
+from finetuning.adapters.adapter import Adapter, add_boft, add_lora, train_fully
+from finetuning.errors import InputError
+from finetuning.models.attention import choose_attention
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.models.schedulers import check_steps
+from finetuning.models.stable_diffusion import StableDiffusion
+from finetuning.pictures.sampler import Sampler
+from finetuning.publishing.hub import HubRepository, open_repository
+from finetuning.run.run import Run, check_writable
+from finetuning.run.trackers import start_trackers, tracker_names
+from finetuning.settings.adapter import AdapterSettings
+from finetuning.settings.dreambooth import DreamBoothAdapterSettings
+from finetuning.settings.fields import Config
+from finetuning.settings.shared import (
     SCHEDULES_WITHOUT_END,
     OptimizationSettings,
     TrackerSettings,
     TrainerConfig,
     ValidationSettings,
 )
-from .stable_diffusion import StableDiffusion, choose_attention, load_stable_diffusion
-from .state import TrainingState
-from .trackers import start_trackers, tracker_names
-from .training import Training
+from finetuning.training.averages import Averages
+from finetuning.training.checkpoint import Checkpoints
+from finetuning.training.optimizer import RATE, make_optimizer, make_schedule
+from finetuning.training.state import TrainingState
+from finetuning.training.training import Training
+
+C = TypeVar("C", bound=TrainerConfig)
 
 
-def build_run(config: TrainerConfig) -> Run:
-    """The processes of a run, after a look at whether its folder and trackers will be there."""
+def build_base(config: C) -> tuple[Run, StableDiffusion, C]:
+    """The processes of a run, the frozen base model on their device, and the settings that follow from both.
+
+    Raises:
+        InputError: the output folder, the trackers, the processes or the base cannot be had, or do not fit each other.
+    """
     check_writable(Path(config.checkpoints.output_dir), "--output_dir")
     tracker_names(config.tracking.report_to)
-    return Run(
+    model, objective = config.model, config.objective
+    run = Run(
         seed=config.optimization.seed,
         accumulation=config.optimization.gradient_accumulation_steps,
-        mixed_precision=config.model.mixed_precision,
-        allow_tf32=config.model.allow_tf32,
+        mixed_precision=model.mixed_precision,
+        allow_tf32=model.allow_tf32,
     )
-
-
-def build_base(config: TrainerConfig, run: Run) -> StableDiffusion:
-    """The frozen base model on the run's device, with the process that the objective asks for."""
-    model, objective = config.model, config.objective
     base = load_stable_diffusion(
         model.pretrained_model_name_or_path, model.revision, model.variant, model.tokenizer_name
     )
@@ -59,7 +69,8 @@ def build_base(config: TrainerConfig, run: Run) -> StableDiffusion:
     base.freeze(run.dtype, run.device)
     choose_attention(base.unet, run.device, model.enable_xformers_memory_efficient_attention)
     base.process = replace(base.process, snr_gamma=objective.snr_gamma, noise_offset=objective.offset_noise)
-    return base
+    resolution = base.check_resolution(config.data.resolution)
+    return run, base, config.with_values(mixed_precision=run.mixed_precision, resolution=resolution)
 
 
 def build_adapters(
@@ -148,7 +159,7 @@ def build_training(
     Raises:
         InputError: the schedule does not fit the steps, or the output folder or the checkpoint not this run.
     """
-    optimization, checkpointing = config.optimization, config.checkpoints
+    optimization = config.optimization
     total_batch = optimization.train_batch_size * run.accumulation * run.processes
     last_step = optimization.steps(images, total_batch)
     optimizer, schedule = build_optimizer(
@@ -159,9 +170,8 @@ def build_training(
         total_batch=total_batch,
         rates=rates,
     )
-    averages = None
-    if config.averages.use_ema:
-        averages = Averages([p for g in optimizer.param_groups for p in g["params"]], config.averages.ema_decay)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    averages = Averages(trained, config.averages.ema_decay) if config.averages.use_ema else None
     state = TrainingState(
         adapters,
         optimizer,
@@ -174,24 +184,26 @@ def build_training(
         scaler=run.scaler,
         averages=averages,
     )
-    checkpoints = Checkpoints(Path(checkpointing.output_dir), checkpointing.checkpoints_total_limit)
-    found = checkpoints.choose(checkpointing.resume_from_checkpoint, checkpointing.overwrite_output_dir)
-    may_change = ("max_train_steps",) if optimization.lr_scheduler in SCHEDULES_WITHOUT_END else ()
+    checkpoints, first_step = begin_where(state, config, last_step)
     return Training(
         run,
         base,
-        adapters,
-        optimizer,
-        schedule,
-        averages,
         state,
         checkpoints,
-        first_step=state.read(found, last_step, may_change) if found else 0,
+        first_step=first_step,
         last_step=last_step,
-        total_batch=total_batch,
-        checkpointing_steps=checkpointing.checkpointing_steps,
+        checkpointing_steps=config.checkpoints.checkpointing_steps,
         max_grad_norm=optimization.max_grad_norm,
     )
+
+
+def begin_where(state: TrainingState, config: TrainerConfig, last_step: int) -> tuple[Checkpoints, int]:
+    """The checkpoints of the run, and the step that it goes on from, whose state is then read; 0 = from the start."""
+    settings = config.checkpoints
+    checkpoints = Checkpoints(Path(settings.output_dir), settings.checkpoints_total_limit)
+    found = checkpoints.choose(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+    may_change = ("max_train_steps",) if config.optimization.lr_scheduler in SCHEDULES_WITHOUT_END else ()
+    return checkpoints, state.read(found, last_step, may_change) if found else 0
 
 
 def begin(training: Training, config: TrainerConfig, method: str, images: str) -> None:

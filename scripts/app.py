@@ -15,8 +15,9 @@ import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -25,18 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from finetuning.adapter_choice import AdapterChoice, find_base, find_run_setting, parse_adapter
-from finetuning.adapter_folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
-from finetuning.config import Config, Group, InputError, read_config, run_command, setting
-from finetuning.control import PARTS as CONTROL_PARTS
-from finetuning.control_inference import load_control_run
-from finetuning.control_pipeline import read_controls
-from finetuning.generation import PictureOrder, choose_device, draw
-from finetuning.inference import get_strengths, load_adapter, load_base, strengths, unload_adapter
-from finetuning.run import CONFIG
+from finetuning.adapters.choice import AdapterChoice, find_base, find_run_setting, parse_adapter
+from finetuning.adapters.folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
+from finetuning.adapters.pipelines import get_strengths, load_adapter, load_base, strengths, unload_adapter
+from finetuning.control.loading import load_control_run
+from finetuning.control.pipeline import read_controls, without_control
+from finetuning.errors import InputError
+from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.run.device import choose_device
+from finetuning.run_folder import CONFIG
+from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 HERE = "127.0.0.1"
 SHOWN = 512  # side in pixels to which smaller pictures are enlarged on the page
@@ -72,7 +74,7 @@ class Easel:
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         adapters: dict[str, float],
         any_base: bool = False,
         control_run: Path | None = None,
@@ -114,16 +116,6 @@ class Easel:
             self.of_control = [load_adapter(self.pipeline, self.control_run, 0.0)]
         for path in wanted:
             self.loaded[path] = load_adapter(self.pipeline, path, 0.0, check_base=not self.any_base)
-
-
-def without_control(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A plain pipeline over the same modules."""
-    from diffusers import StableDiffusionPipeline
-
-    parts = {name: part for name, part in pipeline.components.items() if name not in CONTROL_PARTS.values()}
-    plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    plain.set_progress_bar_config(disable=True)
-    return plain
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,54 +190,17 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio
 
-    def answer(prompt, seed, steps, guidance_scale, control, *given):
-        try:
-            if not prompt.strip():
-                raise InputError("the prompt is empty")
-            if seed is None or not 0 <= seed <= LARGEST_SEED or seed != int(seed):
-                raise InputError(f"seed {seed}: must be a whole number from 0 to {LARGEST_SEED}")
-            order = PictureOrder(
-                prompt,
-                int(seed),
-                steps=int(steps),
-                guidance_scale=guidance_scale,
-                size=easel.size,
-                control=control,
-            )
-            return tuple(map(enlarged, easel.draw(order, dict(zip(easel.adapters, given)))))
-        except InputError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
-
     with gradio.Blocks(title="Try what was trained", analytics_enabled=False) as blocks, gradio.Row():
-        with gradio.Column(scale=2):
-            prompt_box = gradio.Textbox(prompt, label="Prompt", lines=2, elem_id="prompt")
-            sliders = [
-                gradio.Slider(0, 1.5, strength, step=0.05, label=f"{name}: strength")
-                for name, strength in zip(unique_names(list(easel.adapters)), easel.adapters.values())
-            ]
-            with gradio.Row():
-                seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-                steps = gradio.Slider(1, 100, look["steps"], step=1, label="Denoising steps")
-                guidance = gradio.Slider(0, 15, look["guidance_scale"], step=0.5, label="Guidance")
-            control = gradio.Image(
-                label="Control image, e.g. edges",
-                type="filepath",
-                format="png",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                visible=easel.control_run is not None,
-                elem_id="control",
-            )
-            button = gradio.Button("Draw", variant="primary", elem_id="draw")
+        inputs, events = ask(easel, prompt, look)
         with gradio.Column(scale=3), gradio.Row():
             plain = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
             pictures = [
                 gradio.Image(label="base model", elem_id="base", **plain),
                 gradio.Image(label="tuned", elem_id="tuned", **plain),
             ]
-        inputs = [prompt_box, seed, steps, guidance, control, *sliders]
-        for event in (button.click, prompt_box.submit):
-            event(answer, inputs, pictures, concurrency_limit=1, concurrency_id="easel", api_name=False)
+        for event in events:
+            queue = {"concurrency_limit": 1, "concurrency_id": "easel"}
+            event(partial(answer, easel), inputs, pictures, api_name=False, **queue)
     system = ["system-ui", "sans-serif"]  # gradio's own fonts come from the network
     blocks.launch(
         server_name=HERE,
@@ -256,6 +211,63 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
         footer_links=[],
         theme=gradio.themes.Default(font=system, font_mono=["monospace"]),
     )
+
+
+def ask(easel: Easel, prompt: str, look: dict[str, float]) -> tuple[list, list[Callable]]:
+    """The column that says what to draw: its inputs, in the order of `answer`, and the events that ask for it."""
+    import gradio
+
+    with gradio.Column(scale=2):
+        prompt_box = gradio.Textbox(prompt, label="Prompt", lines=2, elem_id="prompt")
+        sliders = [
+            gradio.Slider(0, 1.5, strength, step=0.05, label=f"{name}: strength")
+            for name, strength in zip(unique_names(list(easel.adapters)), easel.adapters.values())
+        ]
+        with gradio.Row():
+            seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+            steps = gradio.Slider(1, 100, look["steps"], step=1, label="Denoising steps")
+            guidance = gradio.Slider(0, 15, look["guidance_scale"], step=0.5, label="Guidance")
+        control = gradio.Image(
+            label="Control image, e.g. edges",
+            type="filepath",
+            format="png",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            visible=easel.control_run is not None,
+            elem_id="control",
+        )
+        button = gradio.Button("Draw", variant="primary", elem_id="draw")
+    return [prompt_box, seed, steps, guidance, control, *sliders], [button.click, prompt_box.submit]
+
+
+def answer(
+    easel: Easel,
+    prompt: str,
+    seed: float | None,
+    steps: float,
+    guidance_scale: float,
+    control: str | None,
+    *given: float,
+) -> tuple[Image.Image, ...]:
+    """The base model's picture and the tuned one, for what was typed; given: a strength for each adapter."""
+    import gradio
+
+    try:
+        if not prompt.strip():
+            raise InputError("the prompt is empty")
+        if seed is None or not 0 <= seed <= LARGEST_SEED or seed != int(seed):
+            raise InputError(f"seed {seed}: must be a whole number from 0 to {LARGEST_SEED}")
+        order = PictureOrder(
+            prompt,
+            int(seed),
+            steps=int(steps),
+            guidance_scale=guidance_scale,
+            size=easel.size,
+            control=control,
+        )
+        return tuple(map(enlarged, easel.draw(order, dict(zip(easel.adapters, given)))))
+    except InputError as error:
+        raise gradio.Error(str(error), print_exception=False) from error
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

@@ -28,13 +28,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.allocator import keep_freed_memory
-from finetuning.config import InputError, run_command
-from finetuning.resident_memory import peak_resident_memory
-from finetuning.throughput.neighbours import NO_SIZE, frozen, lora, lycoris_boft, oft, stock_boft
-from finetuning.throughput.table import machine, plot, print_rotation_table, print_table
-from finetuning.throughput.turns import in_turn, ratio, spread
-from finetuning.throughput.unet import inference_step, inputs, stable_diffusion_unet, train_step, trainable
+from finetuning.errors import InputError
+from finetuning.run.allocator import keep_freed_memory
+from finetuning.run.resident_memory import peak_resident_memory
+from finetuning.settings.fields import run_command
+from finetuning.studies.throughput.neighbours import NO_SIZE, frozen, lora, lycoris_boft, oft, stock_boft
+from finetuning.studies.throughput.table import machine, plot, print_rotation_table, print_table
+from finetuning.studies.throughput.turns import in_turn, ratio, spread
+from finetuning.studies.throughput.unet import inference_step, inputs, stable_diffusion_unet, train_step, trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
@@ -227,10 +228,10 @@ def adapter(args) -> None:
 def training(args) -> None:
     import yaml
 
-    from finetuning.throughput import inputs as throughput_inputs
-    from finetuning.throughput.measure import CANDIDATES as LOOPS
-    from finetuning.throughput.measure import REFERENCE as PLAIN_LORA
-    from finetuning.throughput.measure import Workload, measure
+    from finetuning.studies.throughput import inputs as throughput_inputs
+    from finetuning.studies.throughput.measure import CANDIDATES as LOOPS
+    from finetuning.studies.throughput.measure import REFERENCE as PLAIN_LORA
+    from finetuning.studies.throughput.measure import Workload, measure
 
     root = Path(__file__).resolve().parents[1]
     candidates, reference, embedded = LOOPS, PLAIN_LORA, root / "data" / "toyworld" / "base"

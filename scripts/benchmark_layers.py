@@ -38,8 +38,8 @@ import boft
 from boft.functional import prefers_weight_side
 from boft.rotation import in_groups, outer_blocks
 from boft.super_blocks import all_super_blocks
-from finetuning.allocator import keep_freed_memory
-from finetuning.throughput.turns import in_turn
+from finetuning.run.allocator import keep_freed_memory
+from finetuning.studies.throughput.turns import in_turn
 
 WIDTHS = {320: (1024, 5), 640: (256, 5), 1280: (64, 6)}  # channels: tokens, attention blocks; the sixth has 16 tokens
 TEXT = (77, 768)  # tokens and features of the prompt

@@ -32,22 +32,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from finetuning.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.comparison.page import Facts, save, write_page
-from finetuning.comparison.results import facts_of, read_rows
-from finetuning.comparison.running import pieces_of, run_grid
-from finetuning.config import InputError, run_command
-from finetuning.generation import SCHEDULERS, choose_scheduler
-from finetuning.inference import load_adapter, load_base, load_run, set_strength
-from finetuning.picture import grid as draw_grid
-from finetuning.picture import save_picture
-from finetuning.settings import EMBEDDED_BASE, DreamBoothConfig
+from finetuning.adapters.pipelines import load_adapter, load_base, load_run, set_strength
+from finetuning.errors import InputError
+from finetuning.files import save_picture
+from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
+from finetuning.pictures.grid import grid as draw_grid
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import run_command
+from finetuning.settings.shared import EMBEDDED_BASE
+from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
+from finetuning.studies.comparison.page import Facts, save, write_page
+from finetuning.studies.comparison.results import facts_of, read_rows
+from finetuning.studies.comparison.running import pieces_of, run_grid
 from toyworld.measure import generate
 from toyworld.scene import CONTEXTS
 from toyworld.scores import NEW, Judges, Pictures, Scores, score
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 TOYWORLD = ROOT / "data" / "toyworld"
@@ -124,14 +126,14 @@ class ToySubjects:
                 raise InputError(f"{path}: is of {found['key']}, not {key}; remove it or give another output_dir")
             return json.loads(str(found["scores"])), Pictures(**{n: found[n] for n in Pictures.__dataclass_fields__})
 
-    def drawing(self, pipeline: StableDiffusionPipeline, grid: Grid) -> partial:
+    def drawing(self, pipeline: DiffusionPipeline, grid: Grid) -> partial:
         """How a pipeline draws what is scored."""
         pipeline.scheduler = choose_scheduler(pipeline, grid.scoring.get("scheduler"))
         steps, guidance = int(grid.scoring.get("steps", 25)), float(grid.scoring.get("guidance", 3))
         return partial(generate, pipeline, steps=steps, guidance=guidance)
 
 
-def load_point(run: Path, base: str, point: Point, is_end: bool) -> StableDiffusionPipeline:
+def load_point(run: Path, base: str, point: Point, is_end: bool) -> DiffusionPipeline:
     """The pipeline that a run has trained, at one of its checkpoints and at a strength."""
     checkpoint = run / f"checkpoint-{point.step}"
     if is_end:

@@ -23,13 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.comparison.answers import control_table, progress
-from finetuning.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.comparison.page import Facts, save
-from finetuning.comparison.results import choose_table, criterion, facts_of, read_rows
-from finetuning.comparison.running import pieces_of, run_grid
-from finetuning.config import InputError, run_command
-from finetuning.control_scoring import (
+from finetuning.control.scoring import (
     CONTROLLED,
     REAL,
     WITHOUT,
@@ -38,8 +32,15 @@ from finetuning.control_scoring import (
     draw_control_run,
     score_control_run,
 )
-from finetuning.control_settings import MADE, RENDERED, ControlNetConfig
-from finetuning.score_table import markdown, write, write_table
+from finetuning.errors import InputError
+from finetuning.evaluation.score_table import markdown, write, write_table
+from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
+from finetuning.settings.fields import run_command
+from finetuning.studies.comparison.answers import control_table, progress
+from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
+from finetuning.studies.comparison.page import Facts, save
+from finetuning.studies.comparison.results import choose_table, criterion, facts_of, read_rows
+from finetuning.studies.comparison.running import pieces_of, run_grid
 from toyworld.controls import Controls
 from toyworld.segmentation import load_segmentation
 

@@ -31,21 +31,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from finetuning import dreambooth_scoring
-from finetuning.config import InputError, run_command
-from finetuning.control_evaluation import load_landmarks
-from finetuning.control_scoring import ControlTest, Drawing, draw_control_run, score_control_run
-from finetuning.dataset import find_images
-from finetuning.dreambooth_scoring import find_runs, read_subject, score_run
-from finetuning.evaluation import Encoder, Preprocessing, load_clip, load_dino
-from finetuning.gallery import read_gallery, weights_of
-from finetuning.generation import SCHEDULERS, choose_device, choose_scheduler
-from finetuning.inference import load_base, load_run, load_run_config
-from finetuning.lpips import load_lpips
-from finetuning.picture import save_picture
-from finetuning.prompts import Words, read_templates
-from finetuning.protocol import SCORES, Encoders, overview, score_all, summary
-from finetuning.score_table import as_json, markdown, mean_of, write, write_table
+from finetuning.adapters.pipelines import load_base, load_run, load_run_config
+from finetuning.control.consistency import load_landmarks
+from finetuning.control.scoring import ControlTest, Drawing, draw_control_run, score_control_run
+from finetuning.dataset.stream import find_images
+from finetuning.dreambooth import scoring as dreambooth_scoring
+from finetuning.dreambooth.prompts import Words, read_templates
+from finetuning.dreambooth.protocol import SCORES, Encoders, overview, score_all, summary
+from finetuning.dreambooth.scoring import find_runs, read_subject, score_run
+from finetuning.errors import InputError
+from finetuning.evaluation.lpips import load_lpips
+from finetuning.evaluation.score_table import as_json, markdown, mean_of, write, write_table
+from finetuning.evaluation.scores import Encoder, Preprocessing, load_clip, load_dino
+from finetuning.files import save_picture
+from finetuning.pictures.gallery import read_gallery, weights_of
+from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
+from finetuning.run.device import choose_device
+from finetuning.run_folder import COMPARISON
+from finetuning.settings.fields import run_command
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
 from toyworld.measure import generate
@@ -190,7 +193,7 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
     print("subject: 0 = like any other of its class, 1 = the subject itself")
     if len(runs) > 1:
         write_table(args.runs / "evaluation", "toyworld", rows)
-    elif (picture := runs[0] / "comparison.png").is_file():
+    elif (picture := runs[0] / COMPARISON).is_file():
         print(f"the picture: {picture}")
     return results
 

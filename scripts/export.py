@@ -20,11 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.adapter_choice import AdapterChoice, load_chosen
-from finetuning.config import Config, Group, InputError, read_config, run_command, setting
-from finetuning.export import DTYPES, Truncation, save_for_peft, save_lora, save_single_file
-from finetuning.inference import mix_adapters
-from finetuning.run import check_writable
+from finetuning.adapters.choice import AdapterChoice, load_chosen
+from finetuning.adapters.pipelines import mix_adapters
+from finetuning.errors import InputError
+from finetuning.export.formats import DTYPES, Truncation, how_to_load, save_for_peft, save_lora, save_single_file
+from finetuning.run.run import check_writable
+from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
 FORMATS = ("single-file", "lora", "peft")
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = pipeline.name_or_path
     if result.format == "single-file":
         lost = save_single_file(pipeline, output, result.precision)
-        use = f'StableDiffusionPipeline.from_single_file("{output}", config="{name}")'
+        use = how_to_load(output, name)
     elif result.format == "lora":
         rank = None if result.rank == "auto" else int(result.rank)
         report, lost = save_lora(pipeline, output, rank, result.energy, result.precision)

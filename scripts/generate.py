@@ -18,28 +18,33 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen, parse_adapter, parse_strength
-from finetuning.config import Config, Group, read_config, run_command, setting
-from finetuning.control_inference import load_control_run
-from finetuning.control_pipeline import read_controls
-from finetuning.dataset import read_prompts
-from finetuning.generation import (
+from finetuning.adapters.choice import AdapterChoice, find_run_setting, load_chosen, parse_adapter, parse_strength
+from finetuning.adapters.pipelines import get_strengths, mix_adapters, set_strength
+from finetuning.control.loading import load_control_run
+from finetuning.control.pipeline import read_controls
+from finetuning.dataset.stream import read_prompts
+from finetuning.files import save_picture
+from finetuning.pictures.generation import (
     SCHEDULERS,
     PictureOrder,
     check_size,
-    choose_device,
     choose_scheduler,
     draw,
     save_with_parameters,
 )
-from finetuning.inference import get_strengths, mix_adapters, set_strength
-from finetuning.picture import grid, save_picture
-from finetuning.run import DTYPES, check_writable
+from finetuning.pictures.grid import grid
+from finetuning.run.device import choose_device
+from finetuning.run.run import DTYPES, check_writable
+from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass
@@ -120,34 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if pictures.mix:
         mix_adapters(pipeline, own, "mixture")
     pipeline.scheduler = choose_scheduler(pipeline, pictures.scheduler)
-    at_work = {"mixture": 1.0} if pictures.mix else own
 
-    # What to draw: a row for each prompt and seed, a column for each strength.
-    orders = [
-        PictureOrder(
-            prompt=prompt,
-            seed=seed,
-            negative_prompt=pictures.negative_prompt,
-            steps=pictures.num_inference_steps or find_run_setting(config.adapters, "num_inference_steps", 25),
-            guidance_scale=find_run_setting(config.adapters, "guidance_scale", 7.5)
-            if pictures.guidance_scale is None
-            else pictures.guidance_scale,
-            size=pictures.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
-            control=pictures.control,
-            control_scale=pictures.controlnet_conditioning_scale,
-        )
-        for prompt in prompts
-        for seed in pictures.seed
-    ]
+    orders = what_to_draw(config, prompts, pipeline)
     check_size(orders[0].size, pipeline)
     controls = read_controls(orders, pipeline)
-    columns = {"base model": {}} if pictures.base else {}  # {title: {adapter: strength}}
-    columns |= {f"{name} alone": {name: 1.0} for name in own} if pictures.each else {}
-    for factor in factors:
-        title = f"strength {factor:g}" if own else ""
-        if pictures.mix:
-            title = "mixture" if len(factors) == 1 else f"mixture × {factor:g}"
-        columns[title] = {name: strength * factor for name, strength in at_work.items()}
+    columns = columns_of(pictures, own, factors)
 
     # Draw, column by column:
     paths = {name: parse_adapter(text)[0] for name, text in zip(own, config.adapters.adapter)}
@@ -170,6 +152,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     together = Path(pictures.grid) if pictures.grid else output / "grid.png"
     save_picture(arrange(orders, drawn), together)
     print(f"{sum(map(len, drawn.values()))} pictures in {output}, all of them in {together}")
+
+
+def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: DiffusionPipeline) -> list[PictureOrder]:
+    """A picture for each prompt and seed, by the settings of the adapter's run where none are given."""
+    pictures, adapters = config.pictures, config.adapters
+    guidance_scale = pictures.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = find_run_setting(adapters, "guidance_scale", 7.5)
+    return [
+        PictureOrder(
+            prompt=prompt,
+            seed=seed,
+            negative_prompt=pictures.negative_prompt,
+            steps=pictures.num_inference_steps or find_run_setting(adapters, "num_inference_steps", 25),
+            guidance_scale=guidance_scale,
+            size=pictures.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+            control=pictures.control,
+            control_scale=pictures.controlnet_conditioning_scale,
+        )
+        for prompt in prompts
+        for seed in pictures.seed
+    ]
+
+
+def columns_of(
+    pictures: PictureSettings, own: dict[str, float], factors: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """{title of a column: strengths of the adapters in it}.
+
+    own: the strength of each adapter; factors: what all of them are multiplied by, a column each.
+    """
+    columns: dict[str, dict[str, float]] = {"base model": {}} if pictures.base else {}
+    columns |= {f"{name} alone": {name: 1.0} for name in own} if pictures.each else {}
+    for factor in factors:
+        title = f"strength {factor:g}" if own else ""
+        if pictures.mix:
+            title = "mixture" if len(factors) == 1 else f"mixture × {factor:g}"
+        at_work = {"mixture": 1.0} if pictures.mix else own
+        columns[title] = {name: strength * factor for name, strength in at_work.items()}
+    return columns
 
 
 def arrange(orders: Sequence[PictureOrder], drawn: dict[str, list[Image.Image]]) -> Image.Image:

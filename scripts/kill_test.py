@@ -26,7 +26,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from finetuning.config import InputError, run_command  # noqa: E402
+from finetuning.errors import InputError  # noqa: E402
+from finetuning.run_folder import STATE  # noqa: E402
+from finetuning.settings.fields import run_command  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +114,7 @@ def tensors(output: Path) -> dict[str, torch.Tensor]:
         found |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}
     last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if last is not None:
-        state = torch.load(last / "training_state.pt", weights_only=True)["optimizer"]["state"]
+        state = torch.load(last / STATE, weights_only=True)["optimizer"]["state"]
         found |= {f"optimizer/{i}/{name}": value for i, entry in state.items() for name, value in entry.items()}
     return found
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.adapter_choice import AdapterChoice, load_chosen
-from finetuning.config import Config, Group, InputError, read_config, run_command, setting
-from finetuning.export import DTYPES, save_pipeline
-from finetuning.run import check_writable
+from finetuning.adapters.choice import AdapterChoice, load_chosen
+from finetuning.errors import InputError
+from finetuning.export.formats import DTYPES, save_pipeline
+from finetuning.run.run import check_writable
+from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
 
 @dataclass

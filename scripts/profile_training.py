@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that processor time is time
 
-from finetuning.clock import PHASES, Clock  # noqa: E402
-from finetuning.config import read_config, run_command  # noqa: E402
-from finetuning.settings import DreamBoothConfig  # noqa: E402
+from finetuning.run.clock import PHASES, Clock  # noqa: E402
+from finetuning.settings.dreambooth import DreamBoothConfig  # noqa: E402
+from finetuning.settings.fields import read_config, run_command  # noqa: E402
 from train_dreambooth import DreamBooth  # noqa: E402
 
 MUG = [

@@ -19,9 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.config import Config, Group, InputError, read_config, run_command, setting
-from finetuning.hub import open_repository, shared_files
-from finetuning.model_card import CARD
+from finetuning.errors import InputError
+from finetuning.publishing.hub import open_repository, shared_files
+from finetuning.run_folder import CARD
+from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
 
 @dataclass

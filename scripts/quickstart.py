@@ -20,9 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetuning.config import InputError, run_command  # noqa: E402
-from finetuning.control_settings import ControlNetConfig  # noqa: E402
-from finetuning.recipe import (  # noqa: E402
+from finetuning.errors import InputError  # noqa: E402
+from finetuning.recipes import (  # noqa: E402
     check_scored,
     control_command,
     dreambooth_command,
@@ -31,8 +30,10 @@ from finetuning.recipe import (  # noqa: E402
     model_name,
     threads,
 )
-from finetuning.secret_flags import hand_over  # noqa: E402
-from finetuning.settings import DreamBoothConfig  # noqa: E402
+from finetuning.settings.control import ControlNetConfig  # noqa: E402
+from finetuning.settings.dreambooth import DreamBoothConfig  # noqa: E402
+from finetuning.settings.fields import run_command  # noqa: E402
+from finetuning.settings.secrets import hand_over  # noqa: E402
 
 ONLY_TRAIN = "--only_train"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.config import run_command
-from finetuning.report import write_report
+from finetuning.publishing.report import write_report
+from finetuning.settings.fields import run_command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,10 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.comparison import answers, page, plots
-from finetuning.comparison.results import choose_table, criterion, ends, summary, where, with_intervals
-from finetuning.config import InputError, run_command
-from finetuning.score_table import Row, markdown, write
+from finetuning.errors import InputError
+from finetuning.evaluation.score_table import Row, markdown, write
+from finetuning.settings.fields import run_command
+from finetuning.studies.comparison import answers, page, plots
+from finetuning.studies.comparison.results import choose_table, criterion, ends, summary, where, with_intervals
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")

@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from finetuning.adapter_choice import AdapterChoice, find_run_setting, load_chosen
-from finetuning.config import Config, Group, read_config, run_command, setting
-from finetuning.generation import PictureOrder, choose_device, draw
-from finetuning.inference import merge_adapter, unload_adapter
-from finetuning.score_table import markdown
+from finetuning.adapters.choice import AdapterChoice, find_run_setting, load_chosen
+from finetuning.adapters.pipelines import merge_adapter, unload_adapter
+from finetuning.evaluation.score_table import markdown
+from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.run.device import choose_device
+from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
 
 @dataclass

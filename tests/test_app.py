@@ -22,12 +22,12 @@ from conftest import draw_photo
 from PIL import Image
 from test_inference import MAKERS, write_run
 
-from finetuning.config import run_command
-from finetuning.control import HintEncoder
-from finetuning.control_inference import load_control_run
-from finetuning.generation import PictureOrder, draw
-from finetuning.inference import load_adapter, load_base
-from finetuning.picture import save_picture
+from finetuning.adapters.pipelines import load_adapter, load_base
+from finetuning.control.loading import load_control_run
+from finetuning.control.network import HintEncoder
+from finetuning.files import save_picture
+from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.settings.fields import run_command
 from scripts import app
 
 SELECT_ALL, DELETE = "\ue009a\ue009", "\ue017"

@@ -14,9 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from test_inference import MAKERS, answer, weights, write_run
 
-from finetuning.config import InputError
-from finetuning.export import save_for_peft, save_lora, save_pipeline, save_single_file
-from finetuning.inference import (
+from finetuning.adapters.pipelines import (
     get_strengths,
     load_adapter,
     load_base,
@@ -26,6 +24,8 @@ from finetuning.inference import (
     strengths,
     unload_adapter,
 )
+from finetuning.errors import InputError
+from finetuning.export.formats import save_for_peft, save_lora, save_pipeline, save_single_file
 
 CPU = torch.device("cpu")
 KINDS = ("boft with biases", "lora")

@@ -14,11 +14,12 @@ import pytest
 import yaml
 from test_evaluation import load_script
 
-from finetuning.comparison import page, plots, results, running
-from finetuning.comparison.grid import Part, Point, read_grid
-from finetuning.comparison.running import lock, run_missing
-from finetuning.comparison.trainer import run_trainer
-from finetuning.config import InputError, RunError, run_command
+from finetuning.errors import InputError, RunError
+from finetuning.settings.fields import run_command
+from finetuning.studies.comparison import page, plots, results, running
+from finetuning.studies.comparison.grid import Part, Point, read_grid
+from finetuning.studies.comparison.running import lock, run_missing
+from finetuning.studies.comparison.trainer import run_trainer
 from toyworld.judge import AttributeJudge, InstanceJudge
 from toyworld.subjects import photos
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_wrong_input import Case
 from training import flags, metrics, run
 
-from finetuning.checkpoint import MANIFEST, _listing
+from finetuning.training.checkpoint import MANIFEST, _listing
 
 
 @pytest.fixture(scope="module")

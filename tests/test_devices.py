@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetuning.config import InputError, run_command
-from finetuning.generation import choose_device
-from finetuning.resident_memory import gib_of, peak_resident_memory
+from finetuning.errors import InputError
+from finetuning.run.device import choose_device
+from finetuning.run.resident_memory import gib_of, peak_resident_memory
+from finetuning.settings.fields import run_command
 from scripts import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

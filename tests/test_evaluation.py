@@ -20,9 +20,12 @@ from conftest import build_tokenizer, draw_photo
 from PIL import Image
 from training import flags, run
 
-from finetuning import lpips as lpips_module
-from finetuning.config import InputError, run_command
-from finetuning.evaluation import (
+from finetuning.dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, Words, find_words
+from finetuning.errors import InputError
+from finetuning.evaluation import lpips as lpips_module
+from finetuning.evaluation.lpips import LPIPS, distance, load_lpips
+from finetuning.evaluation.score_table import as_csv, as_json, markdown
+from finetuning.evaluation.scores import (
     IMAGENET,
     Preprocessing,
     agreement,
@@ -35,9 +38,7 @@ from finetuning.evaluation import (
     score_pictures,
     text_scores,
 )
-from finetuning.lpips import LPIPS, distance, load_lpips
-from finetuning.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, Words, find_words
-from finetuning.score_table import as_csv, as_json, markdown
+from finetuning.settings.fields import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

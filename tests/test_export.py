@@ -16,9 +16,10 @@ from test_inference import MAKERS, answer, write_run
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from boft.layer import BOFTLayer
-from finetuning.adapter import ADAPTER_WEIGHTS, add_boft, add_lora
-from finetuning.config import InputError, run_command
-from finetuning.export import (
+from finetuning.adapters.adapter import ADAPTER_WEIGHTS, add_boft, add_lora
+from finetuning.adapters.pipelines import load_adapter, load_base, load_run, merge_adapter, set_strength
+from finetuning.errors import InputError
+from finetuning.export.formats import (
     inverse_cayley,
     kohya_name,
     save_for_peft,
@@ -27,9 +28,9 @@ from finetuning.export import (
     smallest_rank,
     weight_changes,
 )
-from finetuning.generation import PictureOrder, draw
-from finetuning.inference import load_adapter, load_base, load_run, merge_adapter, set_strength
-from finetuning.original_layout import original_layout
+from finetuning.export.original_layout import original_layout
+from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.settings.fields import run_command
 from scripts import export, merge
 
 

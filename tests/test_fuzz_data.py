@@ -30,13 +30,15 @@ from conftest import draw_photo
 from control_training import control_folder
 from PIL import Image
 
-from finetuning.config import InputError, read_config
-from finetuning.control_builders import build_streams
-from finetuning.control_data import ControlStream
-from finetuning.control_hub import read_split
-from finetuning.control_settings import ControlNetConfig
-from finetuning.dataset import ImageStream, Transform, find_examples
-from finetuning.stable_diffusion import StableDiffusion, load_stable_diffusion
+from finetuning.control.builders import build_streams
+from finetuning.control.hub_source import read_split
+from finetuning.control.stream import ControlStream
+from finetuning.dataset.stream import ImageStream, Transform, find_examples
+from finetuning.errors import InputError
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.models.stable_diffusion import StableDiffusion
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.fields import read_config
 from toyworld.controls import Controls
 
 CASES = 150

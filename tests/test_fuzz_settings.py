@@ -25,13 +25,13 @@ from test_inference import answer
 from training import BOFT, flags
 from training import run as train
 
-from finetuning.checkpoint import MANIFEST, _listing
-from finetuning.config import fields_of, read_config
-from finetuning.control import make_full, make_light
-from finetuning.control_inference import load_control_run
-from finetuning.control_settings import ControlNetConfig
-from finetuning.inference import load_adapter, load_base, unload_adapter
-from finetuning.settings import DreamBoothConfig
+from finetuning.adapters.pipelines import load_adapter, load_base, unload_adapter
+from finetuning.control.loading import load_control_run
+from finetuning.control.network import make_full, make_light
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import fields_of, read_config
+from finetuning.training.checkpoint import MANIFEST, _listing
 from scripts import export, generate, merge
 from train_controlnet import ControlNet
 from train_dreambooth import DreamBooth

@@ -23,11 +23,11 @@ from test_inference import MAKERS, answer, write_run
 from training import flags
 from training import run as train
 
-from finetuning.config import run_command
-from finetuning.control_card import control_card
-from finetuning.hub import open_repository, permission_fault, shared_files
-from finetuning.inference import load_adapter, load_base, load_run
-from finetuning.model_card import licence_of, model_card, shared_card
+from finetuning.adapters.pipelines import load_adapter, load_base, load_run
+from finetuning.control.card import control_card
+from finetuning.publishing.hub import open_repository, permission_fault, shared_files
+from finetuning.publishing.model_card import licence_of, model_card, shared_card
+from finetuning.settings.fields import run_command
 from scripts import push
 
 TOKEN = "hf_SecretOfTheTest"

@@ -11,9 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from finetuning.adapter import add_boft, add_lora
-from finetuning.config import InputError
-from finetuning.inference import (
+from finetuning.adapters.adapter import add_boft, add_lora
+from finetuning.adapters.pipelines import (
     adapted_parts,
     get_strengths,
     load_adapter,
@@ -25,6 +24,7 @@ from finetuning.inference import (
     strengths,
     unload_adapter,
 )
+from finetuning.errors import InputError
 
 MAKERS = {
     "boft": lambda module: add_boft(module, ["attention"], block_size=4, factors=2, dropout=0.5),

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from test_inference import MAKERS, write_run
 
-from finetuning.adapter import ADAPTER_WEIGHTS
-from finetuning.config import run_command
-from finetuning.generation import read_parameters
+from finetuning.adapters.adapter import ADAPTER_WEIGHTS
+from finetuning.pictures.generation import read_parameters
+from finetuning.settings.fields import run_command
 from scripts import export, generate, merge, time_generation
 
 

@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_inference import answer, weights
 
 from boft import BOFTConfig
-from finetuning.config import InputError
-from finetuning.export import save_for_peft, save_lora
-from finetuning.inference import (
+from finetuning.adapters.pipelines import (
     get_strengths,
     load_adapter,
     load_base,
@@ -22,7 +20,9 @@ from finetuning.inference import (
     set_strength,
     unload_adapter,
 )
-from finetuning.stored_adapter import read_adapter
+from finetuning.adapters.stored import read_adapter
+from finetuning.errors import InputError
+from finetuning.export.formats import save_for_peft, save_lora
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 DRAWN = {

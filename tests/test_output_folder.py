@@ -14,10 +14,11 @@ from conftest import draw_photo
 from control_training import control_flags, control_folder, run_control
 from training import flags, prior_flags, run
 
-from finetuning.checkpoint import Checkpoints, SaveError, write_folder
-from finetuning.config import InputError, read_config
-from finetuning.folders import is_same, lies_inside
-from finetuning.settings import DreamBoothConfig
+from finetuning.errors import InputError
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import read_config
+from finetuning.settings.folders import is_same, lies_inside
+from finetuning.training.checkpoint import Checkpoints, SaveError, write_folder
 
 STEP = ("--max_train_steps=1",)
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetuning.config import InputError, read_config, run_command
-from finetuning.control_settings import ControlNetConfig
-from finetuning.recipe import (
+from finetuning.errors import InputError
+from finetuning.recipes import (
     RECIPES,
     check_scored,
     control_command,
@@ -25,7 +24,10 @@ from finetuning.recipe import (
     recipe,
     threads,
 )
-from finetuning.settings import EMBEDDED_BASE, DreamBoothConfig
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import read_config, run_command
+from finetuning.settings.shared import EMBEDDED_BASE
 from scripts import quickstart
 
 ROOT = Path(__file__).resolve().parent.parent

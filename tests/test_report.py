@@ -17,11 +17,13 @@ from test_evaluation import load_script
 
 sys.path.insert(0, str(Path(__file__).parent / "finetuning"))
 
-from finetuning.config import run_command
-from finetuning.control_settings import ControlNetConfig
-from finetuning.picture import grid, save_picture
-from finetuning.report import POINTS, charts, read_metrics, thinned
-from finetuning.settings import DreamBoothConfig
+from finetuning.files import save_picture
+from finetuning.pictures.grid import grid
+from finetuning.publishing.report import POINTS, charts, thinned
+from finetuning.run_folder import read_metrics
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import run_command
 
 report = load_script("report")
 

@@ -17,10 +17,11 @@ from control_training import control_flags, control_folder
 from test_hub import TOKEN, Hub, holding
 from training import flags
 
-from finetuning import secret_flags
-from finetuning.config import InputError, read_config
-from finetuning.control_settings import ControlNetConfig
-from finetuning.settings import DreamBoothConfig
+from finetuning.errors import InputError
+from finetuning.settings import secrets as secret_flags
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import read_config
 from scripts.push import PushConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetuning.inference import load_base, load_run
+from finetuning.adapters.pipelines import load_base, load_run
 from toyworld import CONTEXTS
 from toyworld.measure import generate
 from toyworld.scores import Judges

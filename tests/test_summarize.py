@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from test_evaluation import load_script
 
-from finetuning.comparison import answers, page, results
-from finetuning.config import InputError, run_command
+from finetuning.errors import InputError
+from finetuning.settings.fields import run_command
+from finetuning.studies.comparison import answers, page, results
 from toyworld.scores import Scores
 
 summarize = load_script("summarize")

@@ -21,14 +21,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import assert_same, metrics, optimizer_of
 
-from finetuning.comparison.grid import read_grid
-from finetuning.config import InputError, read_config, run_command
-from finetuning.control import make_full
-from finetuning.control_inference import load_control_run
-from finetuning.control_settings import ControlNetConfig
-from finetuning.generation import read_parameters
-from finetuning.run import Run
-from finetuning.stable_diffusion import load_stable_diffusion
+from finetuning.control.loading import load_control_run
+from finetuning.control.network import make_full
+from finetuning.errors import InputError
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.pictures.generation import read_parameters
+from finetuning.run.run import Run
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.fields import read_config, run_command
+from finetuning.studies.comparison.grid import read_grid
 from scripts import compare_controls, evaluate, generate
 
 SMALL = ("--checkpointing_steps=2", "--validation_steps=4", "--random_flip", "--proportion_empty_prompts=0.3",

@@ -21,11 +21,11 @@ from PIL import Image
 from test_checkpoint import largest_file
 from training import BOFT, assert_same, flags, metrics, optimizer_of, prior_flags, run, run_in_two, weights
 
-from finetuning.checkpoint import damage
-from finetuning.class_images import batches_of
-from finetuning.config import read_config
-from finetuning.run import Run
-from finetuning.settings import DreamBoothConfig
+from finetuning.dreambooth.class_images import batches_of
+from finetuning.run.run import Run
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import read_config
+from finetuning.training.checkpoint import damage
 from train_dreambooth import DreamBooth
 
 LORA = ("--use_lora", "--rank=2")

@@ -15,7 +15,7 @@ import yaml
 from control_training import control_flags, control_folder, control_weights, run_control
 from training import assert_same, flags, prior_flags, run, weights
 
-from finetuning.run import Run
+from finetuning.run.run import Run
 
 CUT = "--long_captions=cut: {} captions have more than the 24 tokens"
 LONG = "a photo of qwe mug in the snow " * 5

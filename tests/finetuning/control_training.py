@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training import BOFT
 
 import train_controlnet
-from finetuning.config import run_command
+from finetuning.settings.fields import run_command
 
 
 def control_folder(folder: Path, count: int = 6, size: tuple[int, int] = (24, 24)) -> Path:

@@ -10,9 +10,9 @@ from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from training import assert_same
 
-from finetuning.adapter import add_boft, add_lora, disabled, target_modules, train_fully
-from finetuning.config import InputError
-from finetuning.unet_layers import UNET_PRESETS
+from finetuning.adapters.adapter import add_boft, add_lora, disabled, target_modules, train_fully
+from finetuning.errors import InputError
+from finetuning.models.unet_layers import UNET_PRESETS
 
 
 @pytest.fixture

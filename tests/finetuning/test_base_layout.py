@@ -15,9 +15,9 @@ from control_training import control_flags, control_folder, run_control
 from safetensors.torch import load_file, save_file
 from training import flags, run
 
-from finetuning.base_layout import foreign_unet
-from finetuning.config import InputError
-from finetuning.stable_diffusion import load_stable_diffusion
+from finetuning.errors import InputError
+from finetuning.models.layout import foreign_unet
+from finetuning.models.loading import load_stable_diffusion
 
 PLAIN = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import draw_photo
 
-from finetuning import text_file
-from finetuning.captions import caption_of, find_examples, read_prompt, read_prompts
-from finetuning.config import InputError
-from finetuning.control_folder import read_folder
-from finetuning.prompts import read_templates
+from finetuning import files
+from finetuning.control.folder_source import read_folder
+from finetuning.dataset.captions import caption_of, find_examples, read_prompt, read_prompts
+from finetuning.dreambooth.prompts import read_templates
+from finetuning.errors import InputError
 
 MARK = b"\xef\xbb\xbf"  # of UTF-8
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -80,9 +80,9 @@ def test_other_encodings_are_refused_everywhere(encoding, photos):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    text_file.write(tmp_path / "x", "a\n\nb \u2028 c\n")
-    assert text_file.read(tmp_path / "x") == "a\n\nb \u2028 c\n"
-    assert text_file.lines(tmp_path / "x") == [(1, "a"), (3, "b \u2028 c")]
+    files.write(tmp_path / "x", "a\n\nb \u2028 c\n")
+    assert files.read(tmp_path / "x") == "a\n\nb \u2028 c\n"
+    assert files.lines(tmp_path / "x") == [(1, "a"), (3, "b \u2028 c")]
 
 
 # Prompts

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetuning.config import Config, Group, InputError, contradictions, fields_of, read_config, run_command, setting
-from finetuning.settings import DreamBoothConfig
+from finetuning.errors import InputError
+from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import Config, Group, contradictions, fields_of, read_config, run_command, setting
 
 NEEDED = ["--instance_data_dir=photos", "--instance_prompt=a photo of qwe mug"]
 

@@ -8,8 +8,7 @@ import torch
 from control_training import edges_of
 from PIL import Image
 
-from finetuning.control import HintEncoder, hinted, make_full, make_light, predict
-from finetuning.control_evaluation import (
+from finetuning.control.consistency import (
     EdgeDetector,
     MaskDetector,
     consistency,
@@ -18,8 +17,9 @@ from finetuning.control_evaluation import (
     overlay,
     references,
 )
-from finetuning.control_pipeline import control_pipeline
-from finetuning.stable_diffusion import load_stable_diffusion
+from finetuning.control.network import HintEncoder, hinted, make_full, make_light, predict
+from finetuning.control.pipeline import control_pipeline
+from finetuning.models.loading import load_stable_diffusion
 
 
 @pytest.fixture(scope="module")

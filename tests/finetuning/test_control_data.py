@@ -11,11 +11,11 @@ from conftest import draw_photo
 from control_training import control_folder, saved_dataset
 from PIL import Image, ImageOps
 
-from finetuning.config import read_config
-from finetuning.control_builders import build_streams
-from finetuning.control_conditions import canny, label_colours, read_bands
-from finetuning.control_evaluation import edge_scores
-from finetuning.control_settings import ControlNetConfig
+from finetuning.control.builders import build_streams
+from finetuning.control.conditions import canny, label_colours, read_bands
+from finetuning.control.consistency import edge_scores
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.fields import read_config
 from toyworld.controls import Controls
 
 

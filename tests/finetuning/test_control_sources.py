@@ -13,13 +13,13 @@ from conftest import draw_photo
 from control_training import control_folder
 from PIL import Image
 
-from finetuning.config import InputError
-from finetuning.control_conditions import read_bands, stack, to_condition
-from finetuning.control_data import ControlBatches, ControlStream
-from finetuning.control_folder import read_folder
-from finetuning.control_hub import HubSource, read_split
-from finetuning.control_sources import open_condition, verify_condition
-from finetuning.transform import Transform
+from finetuning.control.conditions import read_bands, stack, to_condition
+from finetuning.control.folder_source import read_folder
+from finetuning.control.hub_source import HubSource, read_split
+from finetuning.control.sources import open_condition, verify_condition
+from finetuning.control.stream import ControlBatches, ControlStream
+from finetuning.dataset.transform import Transform
+from finetuning.errors import InputError
 
 KNOWN = {
     "bool": (np.array([[False, True]]), [0, 1]),

@@ -12,8 +12,7 @@ import torch
 from conftest import draw_photo
 from PIL import Image
 
-from finetuning.config import InputError
-from finetuning.dataset import (
+from finetuning.dataset.stream import (
     Batches,
     Example,
     ImageStream,
@@ -25,6 +24,7 @@ from finetuning.dataset import (
     to_image,
     to_tensor,
 )
+from finetuning.errors import InputError
 from finetuning.randomness import generator, normal
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from training import assert_same, flags, prior_flags, run, weights
 
-from finetuning.checkpoint import load_state
-from finetuning.fingerprint import ROW, Fingerprint, checksum
-from finetuning.stable_diffusion import load_stable_diffusion
+from finetuning.models.fingerprint import ROW, Fingerprint, checksum
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.training.checkpoint import load_state
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 from conftest import draw_photo
 from PIL import Image, features
 
-from finetuning.config import InputError
-from finetuning.control_hub import HubSource
-from finetuning.control_sources import open_condition
-from finetuning.images import find_images, open_image, verify_picture
+from finetuning.control.hub_source import HubSource
+from finetuning.control.sources import open_condition
+from finetuning.dataset.images import find_images, open_image, verify_picture
+from finetuning.errors import InputError
 
 GREY = np.tile(np.linspace(0, 1, 32), (32, 1))
 

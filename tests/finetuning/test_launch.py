@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.launch import is_alone, launch_arguments, start_processes
+from finetuning.run.launch import is_alone, launch_arguments, start_processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetuning.model_card import licence_of, model_card
+from finetuning.publishing.model_card import licence_of, model_card
 
 CARDS = {
     b"---\nlicense: mit\n---\n# A": "mit",

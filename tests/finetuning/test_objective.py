@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from finetuning.objective import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
+from finetuning.objective.diffusion import add_noise, mean_squared_error, min_snr_weight, offset_noise, target
 
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 T = torch.tensor([0, 10, 500, 999])

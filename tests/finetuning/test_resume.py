@@ -9,8 +9,8 @@ import pytest
 import torch
 from training import assert_same, flags, metrics, optimizer_of, prior_flags, run, run_in_two, weights
 
-from finetuning.checkpoint import load_state
-from finetuning.state import tensors_in
+from finetuning.training.checkpoint import load_state
+from finetuning.training.state import tensors_in
 
 PRIOR = "--with_prior_preservation"
 ACCUMULATION = ("--gradient_accumulation_steps=2", "--train_batch_size=1")

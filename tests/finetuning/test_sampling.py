@@ -11,15 +11,17 @@ import torch
 from conftest import draw_photo
 from PIL import Image
 
-from finetuning.config import InputError
-from finetuning.control import make_light
-from finetuning.control_sampler import ControlSampler
-from finetuning.dataset import Batch
-from finetuning.encoding import Encoding
-from finetuning.picture import grid, save_picture
-from finetuning.sampling import Sampler, evaluating
-from finetuning.schedulers import check_steps
-from finetuning.stable_diffusion import load_stable_diffusion
+from finetuning.control.network import make_light
+from finetuning.control.sampler import ControlSampler
+from finetuning.dataset.stream import Batch
+from finetuning.errors import InputError
+from finetuning.files import save_picture
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.models.schedulers import check_steps
+from finetuning.modes import evaluating
+from finetuning.pictures.grid import grid
+from finetuning.pictures.sampler import Sampler
+from finetuning.training.encoding import Encoding
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetuning.config import InputError
-from finetuning.stable_diffusion import choose_attention, load_stable_diffusion
+from finetuning.errors import InputError
+from finetuning.models.attention import choose_attention
+from finetuning.models.loading import load_stable_diffusion
 
 
 @pytest.mark.parametrize("sample_size, keeps_maps", [(16, True), (64, False)])

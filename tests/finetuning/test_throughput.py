@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from test_evaluation import load_script
 
-from finetuning.adapter import add_boft, add_lora
-from finetuning.config import RunError, run_command
-from finetuning.stable_diffusion import load_stable_diffusion
-from finetuning.throughput.inputs import write_images
-from finetuning.throughput.measure import Racer, Workload, measure
-from finetuning.throughput.turns import in_turn, ratio, spread
+from finetuning.adapters.adapter import add_boft, add_lora
+from finetuning.errors import RunError
+from finetuning.models.loading import load_stable_diffusion
+from finetuning.settings.fields import run_command
+from finetuning.studies.throughput.inputs import write_images
+from finetuning.studies.throughput.measure import Racer, Workload, measure
+from finetuning.studies.throughput.turns import in_turn, ratio, spread
 
 TRAINER = Path(__file__).parents[2] / "train_dreambooth.py"
 

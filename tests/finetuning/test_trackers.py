@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config import InputError
-from finetuning.trackers import tracker_names
+from finetuning.errors import InputError
+from finetuning.run.trackers import tracker_names
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from conftest import START_METHOD
 from safetensors.torch import load_file
 
 import train_dreambooth
-from finetuning.config import run_command
+from finetuning.settings.fields import run_command
 
 BOFT = ("--use_boft", "--boft_block_size=4", "--boft_n_butterfly_factor=2")
 

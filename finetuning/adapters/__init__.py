@@ -1,0 +1,1 @@
+"""What is trained: put on a model, loaded again, mixed, merged, and taken off."""

@@ -1,0 +1,284 @@
+"""Using what a run wrote: its adapters on a pipeline, their strengths, mixtures of them, and the base back again.
+
+pipeline = load_base("data/toyworld/base")
+load_adapter(pipeline, "data/output/dreambooth", strength=0.8)
+set_strength(pipeline, 1.0)
+unload_adapter(pipeline)            # the base, bit for bit
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from finetuning.adapters.folder import PARTS, check_same_base, find_parts, load_run_config, local_folder, trained_on
+from finetuning.adapters.foreign_changes import plain_module
+from finetuning.adapters.in_place import InPlace
+from finetuning.adapters.stored import KINDS, read_adapter
+from finetuning.errors import InputError
+from finetuning.models.attention import choose_attention
+from finetuning.models.loading import load_stable_diffusion
+
+
+def load_base(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DiffusionPipeline:
+    """A Stable Diffusion pipeline without a safety checker, ready to draw.
+
+    Raises:
+        InputError: not there, not reachable, incomplete, or not Stable Diffusion 1.x or 2.x.
+    """
+    pipeline = load_stable_diffusion(name, revision, variant).pipeline().to(device, dtype)
+    pipeline.register_to_config(_name_or_path=name)
+    choose_attention(pipeline.unet, pipeline.device, False)
+    return pipeline
+
+
+def load_run(run: Path) -> DiffusionPipeline:
+    """The pipeline that a run has trained: its base with the adapters it wrote, or the pipeline it wrote whole."""
+    if (run / "model_index.json").is_file():
+        return load_base(str(run))
+    config = load_run_config(run)
+    pipeline = load_base(config["pretrained_model_name_or_path"], config.get("revision"), config.get("variant"))
+    load_adapter(pipeline, run)
+    return pipeline
+
+
+# Adapters on a pipeline
+
+
+def load_adapter(
+    pipeline: DiffusionPipeline,
+    path: str | Path,
+    strength: float = 1.0,
+    name: str | None = None,
+    check_base: bool = True,
+) -> str:
+    """Put a run's adapters (BOFT or LoRA) on UNet and text encoder, beside those that are there already.
+
+    They belong to UNet and text encoder themselves: another pipeline that uses the same UNet draws with them, too.
+
+    Args:
+        pipeline: Stable Diffusion 1.x or 2.x.
+        path: a run's folder, one of its checkpoints, a folder in peft's format, or a name on the Hugging Face Hub.
+        strength: 0 = the base, exactly; 1 = as trained. BOFT turns by this share of its angles.
+        name: by which `set_strength` and `mix_adapters` know it. None = the folder's.
+        check_base: refuse an adapter that was trained on another base. False applies it to any base of its shape.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        InputError: no adapter there, a pickle file, another base, a variant that cannot be given a strength, a
+            pipeline that is offloaded by layer or fused, a strength that is no number. The pipeline is then as it was.
+    """
+    strength = _number(strength, "strength")
+    folder, modules = local_folder(path), _modules(pipeline)
+    found = find_parts(folder, modules)
+    its_base = trained_on(folder)
+    if check_base:
+        check_same_base(pipeline.name_or_path, its_base, folder)
+    name = _new_name(name, Path(path), pipeline)
+    stored = {part: read_adapter(source, modules[part]) for part, source in found.items()}
+    states = {part: InPlace.of(modules[part]) or InPlace(part, modules[part]) for part in found}
+    for part, state in states.items():
+        state.check_ready()
+        kind = stored[part].config.peft_type
+        if state.holder and state.kind != kind:
+            raise InputError(
+                f"{folder}: is {KINDS[kind]}, and the pipeline's {part} carries {KINDS[state.kind]}; the two "
+                "have no strengths side by side. Put one into the weights first (merge_adapter; or scripts/merge.py, "
+                "and its result as the base with --any_base), then load the other"
+            )
+    added = []
+    try:
+        for part, state in states.items():
+            state.add(name, stored[part])
+            added.append(state)
+    except (InputError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        for state in added:
+            state.remove(name)
+        if isinstance(error, InputError):
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder}: does not fit {pipeline.name_or_path}; it was trained on {its_base}. {text}"
+        ) from error
+    for state in states.values():
+        state.set_strengths({**state.strengths, name: strength})
+    return name
+
+
+def set_strength(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]) -> None:
+    """Set the strength of all adapters, or {name: strength} of some, without loading anything again.
+
+    Raises:
+        InputError: not a number, no such adapter, or a pipeline that somebody has changed since, see `InPlace.check`.
+    """
+    states = adapted_parts(pipeline).values()
+    there = _names(pipeline)
+    if not isinstance(strength, Mapping):
+        strength = dict.fromkeys(there, _number(strength, "strength"))
+    _check_known("strength of", strength, there)
+    given = {name: _number(value, f"strength of {name}") for name, value in strength.items()}
+    for state in states:
+        state.check()
+    for state in states:
+        state.set_strengths({name: given.get(name, before) for name, before in state.strengths.items()})
+
+
+def get_strengths(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """The adapters on a pipeline and their strengths.
+
+    Raises:
+        InputError: UNet and text encoder have an adapter at different strengths, which another pipeline with one of
+            them has set.
+    """
+    strengths: dict[str, float] = {}
+    for part, state in adapted_parts(pipeline).items():
+        for name, strength in state.strengths.items():
+            if strengths.setdefault(name, strength) != strength:
+                raise InputError(
+                    f"{name}: its strength is {strength:g} on the {part} and {strengths[name]:g} on the other part, "
+                    "which another pipeline shares and has changed; set_strength on this pipeline sets both"
+                )
+    return strengths
+
+
+def mix_adapters(pipeline: DiffusionPipeline, weights: Mapping[str, float], name: str) -> None:
+    """Add an adapter that is a weighted combination of others, and leave it alone at work.
+
+    BOFT is combined in the Lie algebra of rotations, so that the result is again orthogonal; LoRA's updates are added.
+    In both, trained biases shift by the weighted sum.
+
+    Raises:
+        InputError: no such adapter, shapes that cannot be combined, or as `set_strength`.
+    """
+    _check_known("mixture of", weights, _names(pipeline))
+    if not weights:
+        raise InputError("mixture of nothing: give at least one adapter and its weight")
+    weights = {adapter: _number(weight, f"weight of {adapter}") for adapter, weight in weights.items()}
+    name = _new_name(name, Path(name), pipeline)
+    states = adapted_parts(pipeline)
+    for state in states.values():
+        state.check_ready()
+    added = []
+    try:
+        for state in states.values():
+            if here := {adapter: weight for adapter, weight in weights.items() if adapter in state.strengths}:
+                state.mix(here, name)
+                added.append(state)
+    except ValueError as error:
+        for state in added:
+            state.remove(name)
+        raise InputError(f"mixture of {', '.join(weights)}: {' '.join(str(error).split())}") from error
+    for state in states.values():
+        state.set_strengths({adapter: float(adapter == name) for adapter in state.strengths})
+
+
+def unload_adapter(pipeline: DiffusionPipeline) -> None:
+    """Take all adapters off: the base's own layers and tensors, untouched.
+
+    Raises:
+        InputError: as `set_strength`.
+    """
+    set_strength(pipeline, 0.0)  # which brings weights and biases back
+    for state in adapted_parts(pipeline).values():
+        state.leave()
+
+
+def merge_adapter(pipeline: DiffusionPipeline) -> None:
+    """Leave all adapters at their strengths in the weights, for good; the pipeline then carries none.
+
+    Computed in float32, then rounded to the base's precision.
+
+    Raises:
+        InputError: a weight would not be finite, or as `set_strength`; nothing is merged.
+    """
+    states = adapted_parts(pipeline)
+    for part, state in states.items():
+        state.check()
+        for name in state.weights:
+            if not torch.isfinite(state.base_layer(name).weight).all():
+                raise InputError(f"{part}.{name}: the merged weight is not finite; give a smaller strength")
+    for state in states.values():
+        state.leave()
+
+
+@contextmanager
+def strengths(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]):
+    """Other strengths, for as long as the block lasts."""
+    before = {part: dict(state.strengths) for part, state in adapted_parts(pipeline).items()}
+    set_strength(pipeline, strength)
+    try:
+        yield
+    finally:
+        for part, state in adapted_parts(pipeline).items():
+            state.set_strengths({**state.strengths, **before.get(part, {})})
+
+
+def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, InPlace]:
+    """What UNet and text encoder of a pipeline carry, where they do, whichever pipeline has put it there."""
+    found = {part: InPlace.of(module) for part, module in _modules(pipeline).items()}
+    return {part: state for part, state in found.items() if state is not None}
+
+
+def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """UNet and text encoder, those that are there, without wrappers of torch.compile."""
+    found = {part: getattr(pipeline, part, None) for part in PARTS}
+    return {part: plain_module(module) for part, module in found.items() if module is not None}
+
+
+# Names and numbers
+
+
+def _names(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the adapters on a pipeline."""
+    return list(dict.fromkeys(name for state in adapted_parts(pipeline).values() for name in state.strengths))
+
+
+def _check_known(what: str, given: Mapping[str, float], there: list[str]) -> None:
+    if unknown := [name for name in given if name not in there]:
+        raise InputError(
+            f"{what} {', '.join(unknown)}: no such adapter on the pipeline; there are: {', '.join(there) or 'none'}"
+        )
+
+
+def _new_name(name: str | None, folder: Path, pipeline: DiffusionPipeline) -> str:
+    """A name that peft can use; None = the folder's, with a number if it is taken.
+
+    Raises:
+        InputError: taken, or not usable.
+    """
+    taken = _names(pipeline)
+    if name is None:
+        stem = folder.resolve().name.replace(".", "_") or "adapter"
+        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+        return next(n for n in names if n not in taken and not _is_attribute(n))
+    if not name or "." in name or _is_attribute(name):
+        raise InputError(f"name {name!r}: must be a word without a dot, and none that torch's modules use themselves")
+    if name in taken:
+        raise InputError(f"name {name!r}: an adapter of this name is on the pipeline; choose another or unload it")
+    return name
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether torch's dictionaries of modules and parameters have a method of this name, e.g. `half` or `keys`."""
+    return hasattr(torch.nn.ModuleDict(), name) or hasattr(torch.nn.ParameterDict(), name)
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise InputError(f"{what}={value!r}: must be a finite number; 0 = the base, 1 = as trained")
+    return float(value)

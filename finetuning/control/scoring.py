@@ -1,0 +1,220 @@
+"""Scores of a ControlNet run: pictures by controls that it never saw, pictures without control, and real ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from finetuning.adapters.folder import load_run_config
+from finetuning.adapters.pipelines import load_base
+from finetuning.control.builders import Labels, Rendered, build_detectors, build_streams
+from finetuning.control.conditions import show_condition
+from finetuning.control.consistency import Consistency, Detector, consistency, overlay, references
+from finetuning.control.loading import load_control_run
+from finetuning.control.stream import ControlBatch
+from finetuning.dataset.stream import to_image
+from finetuning.errors import InputError
+from finetuning.evaluation.score_table import as_json, write, write_table
+from finetuning.files import save_picture
+from finetuning.pictures.gallery import RECORD, Gallery, weights_of
+from finetuning.pictures.grid import grid
+from finetuning.run.run import DTYPES
+from finetuning.run_folder import CONFIG
+from finetuning.settings.control import ControlNetConfig
+from finetuning.settings.fields import read_config
+
+SHOWN = 8  # columns of a grid
+CONTROLLED, WITHOUT, REAL = "controlled", "without control", "real pictures"
+
+
+@dataclass
+class ControlTest:
+    """Held-out samples of a run, and what finds their controls in pictures.
+
+    Attributes:
+        config: of the run; batch: the samples; real: their pictures; wanted: by detector, what pictures should show.
+    """
+
+    config: ControlNetConfig
+    batch: ControlBatch
+    real: list[Image.Image]
+    detectors: dict[str, Detector]
+    wanted: dict[str, list]
+
+    @classmethod
+    def of(
+        cls,
+        run: Path,
+        rendered: Rendered,
+        toy_segments: Callable[[], Labels | None],
+        *,
+        count: int | None = None,
+        segmentation_model: str | None = None,
+        more: dict[str, Detector] | None = None,
+    ) -> ControlTest:
+        """Of a run's folder.
+
+        Args:
+            rendered, toy_segments: give the toy world's samples and the network that finds its objects.
+            count: samples; None = as many as the run held out. segmentation_model: also score segments by it.
+            more: further detectors.
+
+        Raises:
+            InputError: the folder is no run's, or the data is no longer there.
+        """
+        load_run_config(run)
+        config = read_config(ControlNetConfig, [f"--config={run / CONFIG}"])
+        data = config.data
+        is_carved = not data.is_toyworld and data.held_out_split is None and data.held_out_data_dir is None
+        _, stream = build_streams(data, config.control.conditioning_channels, config.optimization.seed, rendered)
+        if count is not None and count != stream.size:
+            if is_carved and count > stream.size:
+                raise InputError(f"--images={count}: the run held out {stream.size}; others were trained on")
+            config = config.with_values(held_out_images=count)
+            build = (config.data, config.control.conditioning_channels, config.optimization.seed, rendered)
+            _, stream = build_streams(*build)
+        if segmentation_model is not None:
+            data = config.with_values(segmentation_model=segmentation_model).data
+        detectors = {**build_detectors(data, toy_segments, torch.device("cpu")), **(more or {})}
+        batch = stream.fixed(stream.size)
+        real = [to_image(pixels) for pixels in batch.images[0].pixels]
+        wanted = references(detectors, config.data.control_kind, batch.conditions, real)
+        return cls(config, batch, real, detectors, wanted)
+
+    def score(self, pictures: Sequence[Image.Image]) -> Consistency:
+        """How pictures of these samples, in their order, follow the controls."""
+        return consistency(pictures, self.wanted, self.detectors)
+
+    def gallery(self, folder: Path) -> Gallery:
+        """A picture of each sample."""
+        return Gallery(folder, tuple(self.batch.prompts), 1)
+
+    def picture(self, pictures: Sequence[Image.Image], every: int = 1) -> Image.Image:
+        """Control, result and overlay of every `every`-th sample, at most eight in a row."""
+        chosen, rows, captions = list(range(0, len(pictures), every)), [], []
+        for start in range(0, len(chosen), SHOWN):
+            part = chosen[start : start + SHOWN]
+            controls = [show_condition(self.batch.conditions[i]) for i in part]
+            overlays = [overlay(pictures[i], self.batch.conditions[i], controls[0].width) for i in part]
+            rows += [controls, [pictures[i] for i in part], overlays]
+            captions += ["control", "result", "overlay"]
+        columns = [self.batch.prompts[i] for i in chosen] if len(chosen) <= SHOWN else []
+        return grid(rows, columns=columns, captions=captions)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn. None = as in the run.
+
+    Attributes:
+        seed: of the noise; steps, guidance_scale: of the denoising; scale: strength of the control; guess_mode: the
+            unconditional half of guidance goes without it; precision: no, bf16 or fp16; batch_size: pictures at once.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scale: float | None = None
+    guess_mode: bool = False
+    precision: str = "no"
+    batch_size: int = 8
+    device: str = "cpu"
+
+    def settings(self, config: ControlNetConfig) -> dict[str, Any]:
+        """Arguments of `Gallery.generate`, which also say how pictures were made."""
+        validation = config.validation
+        return {
+            "seed": self.seed,
+            "steps": self.steps or validation.num_inference_steps,
+            "guidance_scale": validation.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            "resolution": config.data.resolution,
+            "precision": self.precision,
+        }
+
+    def control(self, config: ControlNetConfig) -> dict[str, Any]:
+        scale = config.validation.controlnet_conditioning_scale if self.scale is None else self.scale
+        return {"controlnet_conditioning_scale": scale, "guess_mode": self.guess_mode}
+
+
+def draw_control_run(
+    run: Path, test: ControlTest, drawing: Drawing, *, every: int = 4, overwrite: bool = False, floor: Path | None
+) -> dict[str, list[Image.Image]]:
+    """Draw what is missing, into evaluation/ of the run, with a grid of controls, results and overlays.
+
+    Args:
+        every: samples between those that the grid shows; overwrite: remove pictures that were made otherwise.
+        floor: folder of pictures without control, which is what a control has to beat; None = none.
+
+    Returns:
+        Pictures by control, and those without it.
+
+    Raises:
+        InputError: the run has not ended, or its pictures were made otherwise.
+    """
+    folder, model = run / "evaluation", test.config.model
+    settings, control = drawing.settings(test.config), drawing.control(test.config)
+    about = {**settings, "base": model.pretrained_model_name_or_path, "controls": _hash(test.batch)}
+    kinds: dict[str, tuple[Path, dict, Callable, dict]] = {
+        CONTROLLED: (
+            folder / CONTROLLED,
+            {**about, **control, "weights": weights_of(run)},
+            lambda: load_control_run(run, drawing.device),
+            {"conditions": test.batch.conditions.to(drawing.device), "control": control},
+        )
+    }
+    if floor is not None:
+        name = (model.pretrained_model_name_or_path, model.revision, model.variant)
+        kinds[WITHOUT] = (floor, about, lambda: load_base(*name, device=drawing.device), {})
+    pictures = {}
+    for kind, (place, record, load, more) in kinds.items():
+        gallery = test.gallery(place)
+        gallery.begin(record, overwrite)
+        if count := len(gallery.missing()):
+            with tqdm(desc=f"{run.name}, {kind}", total=count, unit="picture", mininterval=10) as bar:
+                more = {**settings, **more, "precision": DTYPES[drawing.precision]}
+                gallery.generate(load(), **more, batch_size=drawing.batch_size, advance=bar.update)
+        pictures[kind] = gallery.images()
+    save_picture(test.picture(pictures[CONTROLLED], every), folder / "grid.png")
+    return pictures
+
+
+def score_control_run(run: Path, test: ControlTest, pictures: dict[str, list[Image.Image]]) -> list[dict[str, Any]]:
+    """Detect again what pictures show and compare; write tables and scores.json into evaluation/ of the run.
+
+    Returns:
+        Rows of the table: pictures by control, without control, real ones.
+    """
+    folder = run / "evaluation"
+    found = {kind: test.score(images) for kind, images in {**pictures, REAL: test.real}.items()}
+    rows = [
+        {"pictures of": name, "pictures": len(result.each), **result.scores, **_failures(result)}
+        for name, result in found.items()
+    ]
+    by_picture = [
+        {
+            "prompt": prompt,
+            **{f"{name}: {key}": value for name, r in found.items() for key, value in r.each[i].items()},
+        }
+        for i, prompt in enumerate(test.batch.prompts)
+    ]
+    write_table(folder, "scores", rows)
+    write_table(folder, "by_picture", by_picture)
+    drawing = json.loads((folder / CONTROLLED / RECORD).read_text(encoding="utf-8"))
+    write(folder / "scores.json", as_json({"drawing": drawing, "table": rows}))
+    return rows
+
+
+def _failures(result: Consistency) -> dict[str, int]:
+    return {f"{name} failures": count for name, count in result.failures.items() if count}
+
+
+def _hash(batch: ControlBatch) -> str:
+    return hashlib.sha256(batch.conditions.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,217 @@
+"""Streams of images with their controls and captions, and batches of them.
+
+A source gives sample i; a stream decides which sample is seen at which position, crops and mirrors image and control
+alike, and leaves some prompts empty. Positions and batches are those of dataset.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from finetuning.control.conditions import Bands, is_label_map, nearest, read_bands, to_condition
+from finetuning.control.sources import Source, sizes_fault
+from finetuning.dataset.stream import Batch, Batches, Images, Transform, to_tensor
+from finetuning.errors import InputError
+from finetuning.randomness import derived_seed, generator, permutation
+
+logger = logging.getLogger(__name__)
+
+EVERY = 64  # samples that a fingerprint reads
+SHOWN = 20  # faults that are named at once
+
+
+@dataclass
+class ControlBatch(Batch):
+    """Samples with their controls, (B, channels, H, W) in [0, 1]."""
+
+    conditions: torch.Tensor
+
+
+@dataclass
+class ControlStream:
+    """Samples of a source in their order of training.
+
+    Attributes:
+        name: keeps the randomness of several streams apart; source: of the samples; indices: those that are used,
+            None = all, as many as there may be; transform: of the images; channels: of the controls.
+        make: makes the control from the image; None = the source has it. is_label_map: resize controls by nearest
+            neighbours; None = those that are known to be label maps.
+        empty_prompts: share of the samples that are seen without a prompt.
+        moments: by index, those of the views as in ImageStream, the controls of the same views, and the caption;
+            None = read the source.
+    """
+
+    name: str
+    source: Source
+    transform: Transform
+    seed: int
+    indices: Sequence[int] | None = None
+    channels: int = 3
+    make: Callable[[Image.Image], Image.Image] | None = None
+    is_label_map: bool | None = None
+    empty_prompts: float = 0.0
+    moments: dict[int, tuple[torch.Tensor, torch.Tensor, str]] | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Samples in an epoch; None = unlimited."""
+        return self.source.size if self.indices is None else len(self.indices)
+
+    def index(self, position: int) -> int:
+        """Which sample of the source is seen at this position."""
+        if self.size is None:
+            return position
+        epoch, offset = divmod(position, self.size)
+        place = permutation(self.size, self.seed, self.name, epoch)[offset]
+        return place if self.indices is None else self.indices[place]
+
+    def read(self, index: int) -> tuple[Image.Image, Bands, str, Transform]:
+        """Image, bands of the control, caption, and how the control is resized.
+
+        Raises:
+            InputError: the control does not fit.
+        """
+        image, condition, prompt = self.source[index]
+        if self.make is not None:
+            condition = self.make(image)
+        name, control = self.names(index)
+        bands = read_bands(condition, self.channels, control)
+        if bands[0].size != image.size:
+            raise InputError(sizes_fault(name, image.size, f"its control {control}", bands[0].size))
+        is_map = is_label_map(condition) if self.is_label_map is None else self.is_label_map
+        return image, bands, prompt, nearest(self.transform) if is_map else self.transform
+
+    def check(self, count: int = 500, pixels: float = 5e8) -> None:
+        """Find faults of stored samples before training; of rendered ones, read one.
+
+        The first `count` samples are read, and more until so many pixels have been decoded: 1,900 samples of 512×512,
+        some ten seconds. Of those after them only headers are: the log says of how many, because a file that is
+        damaged further inside is found when it is trained on.
+
+        Raises:
+            InputError: naming what is wrong, at most 20 and the number of others.
+        """
+        if self.source.size is None:
+            self.read(self.chosen(1)[0])
+            return
+        faults, verified, indices = [], 0, self.chosen(self.size)
+        for place, index in enumerate(indices):
+            try:
+                if place < count or pixels > 0:
+                    # A control that is made from the image is made once: a network would take long for all of them.
+                    image = self.read(index)[0] if self.make is None or place == 0 else self.source[index][0]
+                    pixels -= image.width * image.height
+                else:
+                    verified += 1
+                    self.source.verify(index)
+            except InputError as error:
+                faults += error.faults
+        if faults:
+            more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+            raise InputError(*faults[:SHOWN], *more)
+        if verified:
+            logger.info(
+                "%s: of %d samples %d were read before training, of the other %d only the headers",
+                self.name, len(indices), len(indices) - verified, verified,
+            )  # fmt: skip
+
+    def names(self, index: int) -> tuple[str, str]:
+        """What an error calls the image and the control of a sample."""
+        if self.source.size is None:
+            return f"sample {index}", f"the control of sample {index}"
+        return self.source.names(index)
+
+    def captions(self) -> list[tuple[str, str]]:
+        """Where each caption is written, and the caption; of rendered samples, the first few.
+
+        Raises:
+            InputError: captions that are no text.
+        """
+        if self.source.size is None:
+            return [(f"sample {index}", self.source[index][2]) for index in self.chosen(EVERY)]
+        return self.source.captions(self.chosen(self.size))
+
+    def chosen(self, count: int) -> list[int]:
+        """The first samples, in the order of the source."""
+        indices = range(count if self.size is None else self.source.size) if self.indices is None else self.indices
+        return list(indices[:count])
+
+    def fingerprint(self) -> str:
+        """A short hash of the number of samples, and of some spread over all with controls and captions."""
+        digest = hashlib.sha256(str(self.size).encode())
+        indices = self.chosen(EVERY if self.size is None else self.size)
+        for index in indices[:: max(1, len(indices) // EVERY)]:
+            image, bands, prompt, _ = self.read(index)
+            digest.update(image.tobytes() + b"".join(band.tobytes() for band in bands) + prompt.encode())
+        return digest.hexdigest()[:16]
+
+    def is_cacheable(self) -> bool:
+        """Whether there is an end to the samples and none has random crops."""
+        return self.size is not None and all(
+            self.transform.is_cacheable(self.source[index][0].size) for index in self.chosen(self.size)
+        )
+
+    def cache(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Keep the moments and controls of every sample, upright and mirrored; `encode` as in ImageStream."""
+        moments = {}
+        middle = replace(self.transform, random_flip=False, center_crop=True)
+        for index in self.chosen(self.size):
+            image, bands, prompt, resizing = self.read(index)
+            views = [to_tensor(middle.crop(image))]
+            control = [to_condition(bands, replace(resizing, random_flip=False, center_crop=True), 0)]
+            if self.transform.random_flip:
+                views, control = [*views, views[0].flip(-1)], [*control, control[0].flip(-1)]
+            moments[index] = encode(torch.stack(views)).cpu(), torch.stack(control), prompt
+        self.moments = moments
+
+    def fixed(self, count: int) -> ControlBatch:
+        """The first `count` samples, as often as needed, uncropped by chance; always the same, for measuring."""
+        indices = self.chosen(count)
+        middle = replace(self.transform, center_crop=True, random_flip=False)
+        pixels, conditions, prompts = [], [], []
+        for index in (indices[i % len(indices)] for i in range(count)):
+            image, bands, prompt, resizing = self.read(index)
+            pixels.append(to_tensor(middle.crop(image)))
+            conditions.append(to_condition(bands, replace(resizing, center_crop=True, random_flip=False), 0))
+            prompts.append(prompt)
+        keys = [f"held-out/{self.name}/{i}" for i in range(count)]
+        return ControlBatch([Images(pixels=torch.stack(pixels))], prompts, keys, torch.stack(conditions))
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor, str, str]:
+        """Returns pixels or moments, the control, the prompt, and the key of the sample's randomness."""
+        index, key = self.index(position), f"{self.name}/{position}"
+        chance = (self.seed, "transform", key)
+        if self.moments is None:
+            image, bands, prompt, resizing = self.read(index)
+            view = self.transform(image, generator(*chance))
+            condition = to_condition(bands, resizing, *chance)
+        else:
+            flip = int(self.transform.flips(generator(*chance)))
+            views, conditions, prompt = self.moments[index]
+            view, condition = views[flip], conditions[flip]
+        if derived_seed(self.seed, "empty prompt", key) / 2**63 < self.empty_prompts:
+            prompt = ""
+        return view, condition, prompt, key
+
+
+class ControlBatches(Batches):
+    """Batch number j, made of the positions [j·size, (j+1)·size) of a stream."""
+
+    def __getitem__(self, number: int) -> ControlBatch:
+        (stream,) = self.streams
+        rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
+        views, conditions = (torch.stack([row[i] for row in rows]) for i in (0, 1))
+        images = Images(pixels=views) if stream.moments is None else Images(moments=views)
+        return ControlBatch([images], [row[2] for row in rows], [row[3] for row in rows], conditions)
+
+
+def carve(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out, `count` of `size` chosen by the seed, both in order."""
+    order = permutation(size, seed, "held out", 0)
+    return sorted(order[count:]), sorted(order[:count])

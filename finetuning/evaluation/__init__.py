@@ -1,0 +1,1 @@
+"""How good pictures are: encoders, scores, and what may be concluded from them."""

@@ -1,0 +1,98 @@
+"""What a kind of base model is to the rest of the program: one interface, which each family in this room implements.
+
+Elsewhere there are latents (B, C, h, w), times (B,) and conditions. What a family needs besides, such as position ids,
+masks, packed latents, guidance embeddings, or a library's own sign and scale of time, stays inside its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+
+from finetuning.models.frame import Frame
+from finetuning.objective.process import Process
+
+Condition = dict[str, torch.Tensor]  # what a prompt, and whatever else, tells the denoiser, by the family's own names
+
+
+class Family(Protocol):
+    """One kind of base model, loaded.
+
+    Attributes:
+        name: its folder, or its name on the hub.
+        denoiser_part: what the pipeline's folder calls the network that denoises, e.g. "unet" or "transformer".
+        encoder_parts: the text encoders that may be trained, by their names in the pipeline's folder.
+        presets: {preset: endings of the names of layers}, for "attention", "attention+feed-forward", "transformer"
+            and "all".
+        process: its noise process.
+        multiple: both sides of an image, in pixels, must be multiples of this number.
+        resolution: the side of the square, in pixels, that the model was made for.
+        fingerprint: a hash of the weights and the configuration as they were loaded, whatever the folder is called.
+    """
+
+    name: str
+    denoiser_part: str
+    encoder_parts: tuple[str, ...]
+    presets: Mapping[str, Sequence[str]]
+    process: Process
+    multiple: int
+    resolution: int
+    fingerprint: str
+
+    def part(self, name: str) -> torch.nn.Module:
+        """The denoiser or a text encoder, by its name in the pipeline's folder."""
+
+    def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
+        """Raises InputError, which names the flag, for each prompt that is too long for the text encoders."""
+
+    def embed(self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] | None = None) -> list[Condition]:
+        """What conditions on each prompt alone, without a batch's padding, so that it can be kept.
+
+        encoders: text encoders to call in the place of the family's own, e.g. those that processes share; by part.
+        """
+
+    def condition(self, texts: Sequence[Condition], frames: Sequence[Frame] | None = None) -> Condition:
+        """Conditions of a batch: those of B prompts stacked, padded and masked, and how the B images were cut."""
+
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] to mean and deviation of the normalized latents, (B, 2, C, h, w), float32."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalized latents (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1]."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of a square image of this side in pixels."""
+
+    def predict(
+        self, denoiser: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """What the process asks for, (B, C, h, w), by the denoiser as it is given: bare, or as processes share it."""
+
+    def sample(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
+        **more: Any,
+    ) -> torch.Tensor:
+        """Normalized latents of pictures, (B, C, h, w) float32, that a pipeline draws from this noise, (B, C, h, w).
+
+        Args:
+            pipeline: as `pipeline()` makes it, or one that also reads a control image.
+            steps, guidance_scale: of the denoising.
+            generators: one for each picture, for samplers that add noise on the way.
+            more: further arguments of the pipeline.
+        """
+
+    def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Nothing learns any more; everything goes to the device and, but for the VAE, to this precision."""
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The library's own pipeline over these very modules: all drawing goes through it."""

@@ -1,0 +1,111 @@
+"""A short hash of a base model: every number of its weights at its place, the settings that change what is computed,
+and the vocabulary. It says whether two runs stand on the same base, whatever its folder is called.
+
+Weights are read as rows of 4096 integers of 8 bytes; a row is reduced to Σ aᵢ xᵢ mod 2⁶⁴ with fixed odd aᵢ, so that
+any single change changes it, at about the speed of reading the weights; the rows' sums are hashed in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from finetuning.models.stable_diffusion import StableDiffusion
+
+ROW = 4096
+FORM = "all-"  # how a fingerprint of all weights begins; those of before are 16 hexadecimal digits
+# Of the text encoder's and the scheduler's settings, those that change what is computed in training:
+TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings")
+SCHEDULE_SETTINGS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a base model.
+
+    Attributes:
+        value: what is recorded from now on; before: what was recorded of the same base by earlier versions, which read
+            four numbers of each weight.
+    """
+
+    value: str
+    before: str
+
+    def __str__(self) -> str:
+        return self.value
+
+    def matches(self, recorded: object) -> bool:
+        """Whether a recorded fingerprint, of this form or of the earlier one, is that of this base."""
+        if isinstance(recorded, str) and recorded.startswith(FORM):
+            return recorded == self.value
+        return recorded == self.before
+
+    @classmethod
+    def of(cls, base: StableDiffusion) -> Fingerprint:
+        """Of a base as it was loaded, before anything is cast, wrapped or trained."""
+        parts = {"text_encoder": base.text_encoder, "vae": base.vae, "unet": base.unet}
+        digest, before = hashlib.blake2b(digest_size=16), hashlib.sha256()
+        for part, module in parts.items():
+            for name, parameter in module.named_parameters():
+                few = parameter.detach().flatten()[:4].float().cpu()
+                before.update(name.encode() + few.numpy().tobytes())
+                plain = name.removeprefix("text_model.")  # which transformers 4 has and 5 has not
+                digest.update(f"{part}.{plain} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                digest.update(checksum(parameter.detach()))
+        digest.update(json.dumps(settings(base), sort_keys=True, default=str).encode())
+        return cls(FORM + digest.hexdigest(), before.hexdigest()[:16])
+
+
+def checksum(tensor: torch.Tensor) -> bytes:
+    """Of every byte of a tensor at its place, 8 for each 32 KB, and the last ones as they are hashed."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    whole = len(data) // (8 * ROW) * (8 * ROW)
+    rows = data[:whole].view(np.int64).reshape(-1, ROW)
+    sums = np.einsum("ij,j->i", rows, MULTIPLIERS)  # mod 2⁶⁴
+    return sums.tobytes() + hashlib.blake2b(data[whole:].tobytes(), digest_size=16).digest()
+
+
+def settings(base: StableDiffusion) -> dict[str, Any]:
+    """What is computed with the weights, as far as it differs from the libraries' defaults, and the vocabulary."""
+    text, schedule = base.text_encoder.config, base.noise_schedule.config
+    vocabulary = json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()
+    return {
+        "unet": dict(_unusual(base.unet)),
+        "vae": dict(_unusual(base.vae)),
+        "text_encoder": {name: getattr(text, name, None) for name in TEXT_SETTINGS},
+        "schedule": {name: schedule.get(name) for name in SCHEDULE_SETTINGS},
+        "vocabulary": hashlib.blake2b(vocabulary, digest_size=16).hexdigest(),
+        "tokens": base.tokenizer.model_max_length,
+    }
+
+
+def _unusual(module: Any) -> Iterator[tuple[str, Any]]:
+    """Settings of a model of diffusers that are not its class's defaults: later versions add some that are."""
+    config: Mapping[str, Any] = module.config
+    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        if name in config and (value := _as_list(config[name])) != _as_list(parameter.default):
+            yield name, value
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _multipliers() -> np.ndarray:
+    """(ROW,) fixed odd integers of 64 bits."""
+    blocks = (hashlib.blake2b(i.to_bytes(8, "little")).digest() for i in range(ROW // 8))
+    return np.frombuffer(b"".join(blocks), dtype="<i8") | 1
+
+
+MULTIPLIERS = _multipliers()

@@ -1,0 +1,1 @@
+"""Pictures from a pipeline, and grids of them."""

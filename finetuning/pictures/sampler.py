@@ -1,0 +1,89 @@
+"""Pictures from prompts: batched, seeded one by one, with the modules that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from finetuning.dataset.stream import to_image
+from finetuning.models.family import Family
+from finetuning.models.schedulers import noise_generators, seed_noise
+from finetuning.modes import evaluating
+from finetuning.randomness import normal
+
+
+@dataclass
+class Sampler:
+    """How pictures are made.
+
+    Attributes:
+        base: the model, with whatever adapter it carries.
+        resolution: side in pixels; steps, guidance_scale: of the denoising; batch_size: images at a time.
+        precision: of the arithmetic, torch.float32 = plain.
+    """
+
+    base: Family
+    resolution: int
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    precision: torch.dtype = torch.float32
+
+    def of(self, base: Family) -> Sampler:
+        """The same for another model."""
+        return replace(self, base=base)
+
+    def pipeline(self) -> DiffusionPipeline:
+        """What draws."""
+        return self.base.pipeline()
+
+    def modules(self) -> list[torch.nn.Module]:
+        """What takes part in drawing."""
+        return [part for part in self.pipeline().components.values() if isinstance(part, torch.nn.Module)]
+
+    def options(self, conditions: torch.Tensor | None) -> dict[str, Any]:
+        """What the pipeline is given beside prompts and noise, for a batch; this sampler needs no conditions."""
+        return {}
+
+    def __call__(
+        self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
+    ) -> list[Image.Image]:
+        """One picture a prompt. The noise that picture i starts from, and that a sampler adds on the way, depends on
+        (seed, keys[i]) alone.
+
+        conditions: one for each prompt, where the sampler draws by more than a prompt.
+        """
+        return [image for _, images in self.batches(prompts, seed, keys, conditions) for image in images]
+
+    def batches(
+        self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
+        """As above, batch by batch: (index of the first, pictures)."""
+        pipeline, shape = self.pipeline(), self.base.latent_shape(self.resolution)
+        device = self.base.part(self.base.denoiser_part).device
+        with torch.no_grad(), evaluating(*self.modules()), self._autocast(device):
+            for start in range(0, len(prompts), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                noise = normal(shape, seed, "sample", keys[part]).to(device)
+                seed_noise(pipeline.scheduler, seed, keys[part])
+                latents = self.base.sample(
+                    pipeline,
+                    prompts[part],
+                    noise,
+                    steps=self.steps,
+                    guidance_scale=self.guidance_scale,
+                    generators=noise_generators(seed, keys[part]),
+                    **self.options(None if conditions is None else conditions[part].to(device)),
+                )
+                yield start, [to_image(image) for image in self.base.decode(latents)]
+
+    def _autocast(self, device: torch.device):
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.precision)

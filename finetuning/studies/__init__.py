@@ -1,0 +1,1 @@
+"""Many runs: compared fairly, and timed in turns."""
