@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.allocator import keep_freed_memory
 from finetuning.config import InputError, run_command
+from finetuning.throughput.candidates import REFERENCE, frozen, lora, oft, ours, stock_boft, trainable
 from finetuning.throughput.table import machine, print_rotation_table, print_table
 from finetuning.throughput.turns import in_turn, ratio, spread
 
@@ -38,53 +38,11 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURES = ("step", "inference", "wrap", "memory", "rotation")
-REFERENCE = "LoRA r=16 (peft)"
-NO_SIZE = {"boft_block_size": 0}  # peft's default is 4; either size or number of blocks is given
 PROCESSES_FOR_MEMORY = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 # Candidates: each takes a UNet and target names, and returns the model to run
-
-
-def frozen(unet: nn.Module, targets: list[str]) -> nn.Module:
-    return unet
-
-
-def lora(unet: nn.Module, targets: list[str]) -> nn.Module:
-    from peft import LoraConfig, LoraModel
-
-    return LoraModel(unet, LoraConfig(r=16, target_modules=targets), "default")
-
-
-def oft(unet: nn.Module, targets: list[str]) -> nn.Module:
-    from peft import OFTConfig, OFTModel
-
-    return OFTModel(
-        unet, OFTConfig(r=0, oft_block_size=32, use_cayley_neumann=True, target_modules=targets), "default"
-    )
-
-
-def stock_boft(m: int, **size) -> Callable:
-    """peft's own BOFT. Without a CUDA compiler it silently trains m = 1, so that for m > 1 its missing kernel, a
-    batched block_diag, is replaced by the plain operation that it stands for."""
-
-    def wrap(unet: nn.Module, targets: list[str]) -> nn.Module:
-        import peft.tuners.boft.layer as stock
-
-        config = stock.BOFTConfig(**(NO_SIZE | size), boft_n_butterfly_factor=m, target_modules=targets)
-        if m > 1:
-            stock.get_fbd_cuda = lambda: True
-            stock.FastBlockDiag.apply = staticmethod(
-                lambda Q: torch.stack([torch.block_diag(*factor) for factor in Q])
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its failed attempts to compile
-            from peft.tuners.boft import BOFTModel
-
-            return BOFTModel(unet, config, "default")
-
-    return wrap
 
 
 def lycoris_boft(unet: nn.Module, targets: list[str]) -> nn.Module:
@@ -100,21 +58,6 @@ def lycoris_boft(unet: nn.Module, targets: list[str]) -> nn.Module:
             adapters.append(adapter)
     unet.lycoris = adapters
     return unet
-
-
-def ours(m: int, train_scale: bool = True, **size) -> Callable:
-    def wrap(unet: nn.Module, targets: list[str]) -> nn.Module:
-        from boft import BOFTConfig, BOFTModel
-
-        config = BOFTConfig(
-            **NO_SIZE | size,
-            boft_n_butterfly_factor=m,
-            boft_train_scale=train_scale,
-            target_modules=targets,
-        )
-        return BOFTModel(unet, config, "default")
-
-    return wrap
 
 
 CANDIDATES: dict[str, Callable] = {
@@ -167,10 +110,6 @@ def wrapped(unet: nn.Module, candidate: str, targets: list[str]) -> nn.Module:
             for parameter in trainable(model):
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def inputs(batch: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

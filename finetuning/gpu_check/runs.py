@@ -1,0 +1,142 @@
+"""Runs of the real trainers in this process: the flags of the shell scripts, and trainers that are watched or ended."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from ..config import read_config
+from ..report import read_metrics
+from ..run import METRICS
+from .clock import synchronize
+
+ROOT = Path(__file__).resolve().parents[2]
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+TINY = [
+    "--resolution=32", "--max_train_steps=4", "--train_batch_size=1", "--lr_warmup_steps=0", "--num_inference_steps=1",
+    "--validation_steps=1000", "--checkpointing_steps=1000",
+]  # fmt: skip
+TINY_OF = {
+    "train_dreambooth": [*TINY, "--num_class_images=2", "--validation_prompt=a photo of qwe mug", "--base_prompt=a mug"],
+    "train_controlnet": [*TINY, "--held_out_images=2"],
+}
+Steps = Callable[[int, int], Iterable[int]]
+# What stands in the place of Python when a shell script is asked for its flags: it keeps what a trainer is given.
+RECORDER = """#!/bin/sh
+case "$1" in
+  */train_*.py) shift; printf '%s\\n' "$@" > "$GPU_CHECK_FLAGS" ;;
+  *) exec "$GPU_CHECK_PYTHON" "$@" ;;
+esac
+"""
+
+
+def shell_flags(trainer: str, folder: Path, tiny: bool) -> list[str]:
+    """The flags that train_dreambooth.sh or train_controlnet.sh gives the trainer on the embedded base.
+
+    Args:
+        trainer: train_dreambooth or train_controlnet; folder: takes class images and what is needed on the way.
+
+    Raises:
+        subprocess.CalledProcessError: the script has failed.
+    """
+    recorder, file = folder / "recorder.sh", folder / f"{trainer}.flags"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    variables = {
+        "PYTHON": str(recorder), "GPU_CHECK_PYTHON": sys.executable, "GPU_CHECK_FLAGS": str(file), "SUBJECT": "mug",
+        "REPORT_TO": "none", "CLASS_DIR": str(folder / "class_images"), "OUTPUT_DIR": str(folder / "output"),
+    }  # fmt: skip
+    kept = {name: value for name, value in os.environ.items() if name not in ("MODEL_NAME", "ACCELERATE", "STEPS")}
+    subprocess.run([ROOT / f"{trainer}.sh"], env=kept | variables, check=True, stdout=sys.stderr)
+    flags = [flag for flag in file.read_text().splitlines() if flag != "--overwrite_output_dir"]
+    return [*flags, *(TINY_OF[trainer] if tiny else [])]
+
+
+class Killed(Exception):
+    """The end of a run that was not to end."""
+
+
+def train(trainer: str, flags: Sequence[str], steps: Callable[[Steps], Steps] | None = None, finishes: bool = True):
+    """Train in this process; returns the trainer.
+
+    Args:
+        steps: Wraps what gives the loop its steps, so that it can measure them, or raise.
+        finishes: False = nothing is drawn and written at the end.
+    """
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    GradientState._reset_state()
+    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+    module = importlib.import_module(trainer)
+    base = {"train_dreambooth": "DreamBooth", "train_controlnet": "ControlNet"}[trainer]
+
+    class Watched(getattr(module, base)):
+        def prepare(self) -> None:
+            super().prepare()
+            if steps is not None:
+                self.run.steps = steps(self.run.steps)
+
+        def finish(self, step: int) -> None:
+            if finishes:
+                super().finish(step)
+
+    trained = Watched(read_config(getattr(module, f"{base}Config"), list(flags)))
+    if code := trained.train():
+        raise RuntimeError(f"{trainer} ended with exit code {code}")
+    return trained
+
+
+def until(last: int) -> Callable[[Steps], Steps]:
+    """Ends a run after a step as a kill would: nothing more is written."""
+
+    def wrap(steps: Steps) -> Steps:
+        def give(first: int, end: int) -> Iterator[int]:
+            for step in steps(first, end):
+                if step > last:
+                    raise Killed
+                yield step
+
+        return give
+
+    return wrap
+
+
+def timed(device: torch.device, seconds: list[float]) -> Callable[[Steps], Steps]:
+    """Appends how long each step takes. The device is waited for before each."""
+
+    def wrap(steps: Steps) -> Steps:
+        def give(first: int, end: int) -> Iterator[int]:
+            for step in steps(first, end):
+                synchronize(device)
+                begun = time.perf_counter()
+                yield step
+                synchronize(device)
+                seconds.append(time.perf_counter() - begun)
+
+        return give
+
+    return wrap
+
+
+def figures(output: Path, seconds: float) -> dict[str, Any]:
+    """What a run's log says: images a second (median of the second half), peak memory, losses."""
+    lines = read_metrics(output / METRICS)
+    training = [line for line in lines if "images_per_second" in line]
+    found = {
+        "seconds": seconds,
+        "steps": training[-1]["step"],
+        "images_per_second": statistics.median(line["images_per_second"] for line in training[len(training) // 2 :]),
+        "peak_memory_gib": training[-1]["peak_memory_gib"],
+        "last_loss": training[-1]["loss"],
+    }
+    return found | {k: v for line in lines for k, v in line.items() if k.startswith(("held_out", "edge", "mask"))}
