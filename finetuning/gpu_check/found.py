@@ -74,7 +74,11 @@ def device(kind: str) -> dict[str, object]:
             f"--device=cuda: torch {torch.__version__} sees no CUDA GPU here; run it where nvidia-smi lists one, or "
             "rehearse with --device=cpu --tiny"
         )
-    found: dict[str, object] = {"torch": torch.__version__, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found: dict[str, object] = {
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     if kind == "cuda":
         card = torch.cuda.get_device_properties(0)
         found |= {

@@ -23,11 +23,16 @@ from .clock import synchronize
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 TINY = [
-    "--resolution=32", "--max_train_steps=4", "--train_batch_size=1", "--lr_warmup_steps=0", "--num_inference_steps=1",
-    "--validation_steps=1000", "--checkpointing_steps=1000",
+    "--resolution=32", "--max_train_steps=2", "--train_batch_size=1", "--lr_warmup_steps=0", "--num_inference_steps=1",
+    "--validation_steps=1000", "--checkpointing_steps=1000", "--boft_target_modules=attention",
 ]  # fmt: skip
 TINY_OF = {
-    "train_dreambooth": [*TINY, "--num_class_images=2", "--validation_prompt=a photo of qwe mug", "--base_prompt=a mug"],
+    "train_dreambooth": [
+        *TINY,
+        "--num_class_images=2",
+        "--validation_prompt=a photo of qwe mug",
+        "--base_prompt=a mug",
+    ],
     "train_controlnet": [*TINY, "--held_out_images=2"],
 }
 Steps = Callable[[int, int], Iterable[int]]

@@ -187,25 +187,25 @@ KLEIN_TARGETS = (*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")
 def shapes(tiny: bool) -> list[Shape]:
     """The settings that are measured; `tiny`: the same classes, a few thousand times smaller."""
     if tiny:
-        levels = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+        levels = {"block_out_channels": (64, 64), "layers_per_block": 1, "norm_num_groups": 8}
         two = {
-            **levels, "attention_head_dim": 2, "cross_attention_dim": 32,
+            **levels, "attention_head_dim": 2, "cross_attention_dim": 64,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "transformer_layers_per_block": 1,
         }  # fmt: skip
         pooled = {"projection_class_embeddings_input_dim": 6 * 256 + 32}
         klein = {
             "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32,
-            "joint_attention_dim": 32, "axes_dims_rope": (8, 8, 8, 8),
+            "joint_attention_dim": 64, "axes_dims_rope": (8, 8, 8, 8),
         }  # fmt: skip
         z_image = {
             "dim": 64, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32,
             "axes_dims": [8, 12, 12], "axes_lens": [64, 32, 32],
         }  # fmt: skip
         return [
-            Shape("SD 1.5, tiny", lambda: _sd15(8, **two), _unet_inputs(8, 32, 7)),
-            Shape("SDXL, tiny", lambda: _sdxl(8, **two | pooled), _unet_inputs(8, 32, 7, 32), checkpointing=True),
-            Shape("FLUX.2-klein-4B, tiny", lambda: _klein(**klein), _klein_inputs(4, 32, 8), 2, True, KLEIN_TARGETS),
+            Shape("SD 1.5, tiny", lambda: _sd15(8, **two), _unet_inputs(8, 64, 7)),
+            Shape("SDXL, tiny", lambda: _sdxl(8, **two | pooled), _unet_inputs(8, 64, 7, 32), checkpointing=True),
+            Shape("FLUX.2-klein-4B, tiny", lambda: _klein(**klein), _klein_inputs(4, 64, 8), 2, True, KLEIN_TARGETS),
             Shape("Z-Image, tiny", lambda: _z_image(**z_image), _z_image_inputs(8, 32, 8), checkpointing=True),
         ]
     return [
@@ -213,7 +213,14 @@ def shapes(tiny: bool) -> list[Shape]:
         Shape("SD 1.5, 512 px, batch 4", _sd15, _unet_inputs(64, 768), batch=4),
         Shape("SDXL, 1024 px, batch 1, checkpointing", _sdxl, _unet_inputs(128, 2048, 77, 1280), checkpointing=True),
         Shape(
-            "FLUX.2-klein-4B, 512 px, batch 2, checkpointing", _klein, _klein_inputs(32, 7680, 512), 2, True, KLEIN_TARGETS
+            "FLUX.2-klein-4B, 512 px, batch 2, checkpointing",
+            _klein,
+            _klein_inputs(32, 7680, 512),
+            2,
+            True,
+            KLEIN_TARGETS,
         ),
-        Shape("Z-Image, 1024 px, batch 1, checkpointing", _z_image, _z_image_inputs(128, 2560, 128), checkpointing=True),
+        Shape(
+            "Z-Image, 1024 px, batch 1, checkpointing", _z_image, _z_image_inputs(128, 2560, 128), checkpointing=True
+        ),
     ]

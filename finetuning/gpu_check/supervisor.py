@@ -88,7 +88,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 bufsize=0,
-                env=environment(folder),
+                env=environment(folder, device),
                 start_new_session=True,  # so that it can be ended with all that it has started
             )
         answer = self._answer(time.time() + START)
@@ -151,13 +151,15 @@ class Worker:
         return f"{(text.splitlines() or ['it said nothing'])[-1]} (all of it: {self.folder / LOG})"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Of the process: offline, this repository first, and nothing written outside the folder."""
+def environment(folder: Path, device: str) -> dict[str, str]:
+    """Of the process: offline, this repository first, nothing written outside the folder, and no GPU on a CPU."""
     cache = (folder / "cache").resolve()
     (cache / "tmp").mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    only_cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return {
         **os.environ,
+        **(only_cpu if device == "cpu" else {}),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",

@@ -17,7 +17,7 @@ from .runs import PRECISIONS, Steps, shell_flags, train
 from .shapes import denoise, shapes
 from .waiting import Waits, recorded
 
-WATCHED, LAST = 3, 4  # the step that is watched, and the last one, which is logged in more detail
+WATCHED, LAST = 2, 3  # the step that is watched, and the last one, which is logged in more detail
 SHORT = [
     f"--max_train_steps={LAST}", "--lr_warmup_steps=1", "--validation_steps=1000", "--checkpointing_steps=1000",
     "--num_inference_steps=2",

@@ -23,6 +23,7 @@ def run(check: Check) -> None:
     runs = check.scratch / "dreambooth"
     shutil.rmtree(runs, ignore_errors=True)
     flags = shell_flags("train_dreambooth", check.scratch, check.tiny)
+    flags.append("--prior_generation_precision=fp32")  # so that all runs share their class images
     took = 0.0
     for name, precision in PRECISIONS.items():
         if precision == "fp16" and not check.on_gpu:

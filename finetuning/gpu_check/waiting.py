@@ -17,6 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[2]
 OWN = Path(__file__).resolve().parent
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero")
+BETWEEN = (
+    "warnings.py",
+    "contextlib.py",
+    "_python_dispatch.py",
+    "eval_frame.py",
+)  # frames between a place and its note
 Place = tuple[str, str, str]
 
 
@@ -29,7 +35,7 @@ class Waits:
     def note(self) -> None:
         """Counts where the caller stands."""
         frames = [f for f in traceback.extract_stack() if OWN not in Path(f.filename).parents]
-        frames = [f for f in frames if Path(f.filename).name not in ("warnings.py", "contextlib.py", "_python_dispatch.py")]
+        frames = [f for f in frames if Path(f.filename).name not in BETWEEN]
         ours = [f for f in frames if ROOT in Path(f.filename).parents and "site-packages" not in f.filename]
         chosen, last = (ours or frames)[-1], frames[-1]
         line = linecache.getline(chosen.filename, chosen.lineno).strip()
@@ -49,7 +55,9 @@ def _shown(frame: traceback.FrameSummary) -> str:
     if ROOT in path.parents and "site-packages" not in path.parts:
         name = str(path.relative_to(ROOT))
     else:
-        name = "/".join(path.parts[path.parts.index("site-packages") + 1 :] if "site-packages" in path.parts else path.parts)
+        name = "/".join(
+            path.parts[path.parts.index("site-packages") + 1 :] if "site-packages" in path.parts else path.parts
+        )
     return f"{name}:{frame.lineno} {frame.name}"
 
 
