@@ -13,8 +13,8 @@ from pathlib import Path
 from ..config import InputError
 
 NEEDED = (
-    "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface_hub", "numpy",
-    "Pillow", "PyYAML", "tqdm",
+    "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface_hub",
+    "numpy", "Pillow", "PyYAML", "tqdm",
 )  # fmt: skip
 UNUSED = (
     "wandb", "tensorboard", "datasets", "opencv-python-headless", "matplotlib", "gradio", "bitsandbytes",

@@ -1,4 +1,4 @@
-"""Runs of the real trainers in this process: the flags of the shell scripts, and trainers that are watched or ended."""
+"""Runs of the real trainers in this process, by the flags of the shell scripts, watched or ended on the way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The trainers on this device: the runs of `make dreambooth` in three precisions, scored; killed and resumed; the run of
-`make controlnet`."""
+"""The trainers here: `make dreambooth` in three precisions, scored, killed and resumed; `make controlnet`."""
 
 from __future__ import annotations
 
@@ -60,8 +59,9 @@ def run_of(check: Check, trainer: str, flags: list[str], output: Path) -> dict[s
 
 def scores(check: Check, runs: Path) -> dict[str, Any]:
     """What the toy world's judge says of the base and of each run, by scripts/evaluate.py."""
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "toyworld", runs, f"--device={check.device.type}"]
-    command += ["--num_inference_steps=1"] if check.tiny else []
+    what, more = (runs / "float32", ["--num_inference_steps=1"]) if check.tiny else (runs, [])
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "toyworld", what, f"--device={check.device.type}"]
+    command += more
     subprocess.run(command, check=True, stdout=sys.stderr, timeout=max(1, check.left()))
     found = {}
     for path in sorted(runs.glob("*/scores.json")):

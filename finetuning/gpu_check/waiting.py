@@ -17,12 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[2]
 OWN = Path(__file__).resolve().parent
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero")
-BETWEEN = (
-    "warnings.py",
-    "contextlib.py",
-    "_python_dispatch.py",
-    "eval_frame.py",
-)  # frames between a place and its note
+BETWEEN = ("warnings.py", "contextlib.py", "_python_dispatch.py", "eval_frame.py", "_compile.py")  # of the note itself
 Place = tuple[str, str, str]
 
 
