@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .runs import Killed, timed, train, until
+from .runs import EndsAfter, Killed, Timer, train
 
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
@@ -34,21 +34,21 @@ def compare(device: str, flags: list[str], folder: str, steps: int, deterministi
     if deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    half, seconds, ends = steps // 2, [], {}
+    half, timer, ends = steps // 2, Timer(torch.device(device)), {}
     base = [*flags, f"--max_train_steps={steps}", f"--checkpointing_steps={half}", "--validation_steps=1000"]
     for name in ("alone", "again", "killed"):
         shutil.rmtree(Path(folder, name), ignore_errors=True)
         given = [*base, f"--output_dir={Path(folder, name)}"]
         if name == "killed":
             try:
-                train("train_dreambooth", given, until(half + 1), finishes=False)
+                train("train_dreambooth", given, EndsAfter(half + 1), finishes=False)
             except Killed:
                 given.append("--resume_from_checkpoint=latest")
-        wrap = timed(torch.device(device), seconds) if name == "alone" else None
-        ends[name] = train("train_dreambooth", given, wrap, finishes=False).adapters["unet"].state()
+        watchers = [timer] if name == "alone" else []
+        ends[name] = train("train_dreambooth", given, *watchers, finishes=False).adapters["unet"].state()
     return {
         "steps": steps,
-        "seconds_a_step": statistics.median(seconds[len(seconds) // 2 :]),
+        "seconds_a_step": statistics.median(timer.seconds[steps // 2 :]),
         "run_again_has_the_same_bits": difference(ends["alone"], ends["again"]) == 0,
         "resumed_has_the_same_bits": difference(ends["alone"], ends["killed"]) == 0,
         "largest_difference_again": difference(ends["alone"], ends["again"]),

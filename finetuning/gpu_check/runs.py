@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..config import read_config
 from ..report import read_metrics
 from ..run import METRICS
 from .clock import synchronize
+from .waiting import Waits, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -28,14 +30,11 @@ TINY = [
 ]  # fmt: skip
 TINY_OF = {
     "train_dreambooth": [
-        *TINY,
-        "--num_class_images=2",
-        "--validation_prompt=a photo of qwe mug",
-        "--base_prompt=a mug",
+        *TINY, "--num_class_images=2", "--validation_prompt=a photo of qwe mug", "--base_prompt=a mug",
     ],
     "train_controlnet": [*TINY, "--held_out_images=2"],
-}
-Steps = Callable[[int, int], Iterable[int]]
+}  # fmt: skip
+CLASSES = {"train_dreambooth": "DreamBooth", "train_controlnet": "ControlNet"}
 # What stands in the place of Python when a shell script is asked for its flags: it keeps what a trainer is given.
 RECORDER = """#!/bin/sh
 case "$1" in
@@ -71,25 +70,78 @@ class Killed(Exception):
     """The end of a run that was not to end."""
 
 
-def train(trainer: str, flags: Sequence[str], steps: Callable[[Steps], Steps] | None = None, finishes: bool = True):
+class Watcher:
+    """Is told when a step begins and when it has ended."""
+
+    def begins(self, step: int) -> None:
+        """Before anything of the step is done."""
+
+    def ends(self, step: int, seconds: Mapping[str, float] | None = None) -> None:
+        """When all of the step is done."""
+
+
+class EndsAfter(Watcher):
+    """Ends a run after a step as a kill would: nothing more is written."""
+
+    def __init__(self, last: int):
+        self.last = last
+
+    def begins(self, step: int) -> None:
+        if step > self.last:
+            raise Killed
+
+
+class Timer(Watcher):
+    """How long each step takes. The device is waited for before and after each."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, []
+
+    def begins(self, step: int) -> None:
+        synchronize(self.device)
+        self.begun = time.perf_counter()
+
+    def ends(self, step: int, seconds: Mapping[str, float] | None = None) -> None:
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - self.begun)
+
+
+class WaitsOf(Watcher):
+    """Where the host waits in one of the steps."""
+
+    def __init__(self, device: torch.device, watched: int):
+        self.device, self.watched, self.waits = device, watched, Waits()
+        self._stack = ExitStack()
+
+    def begins(self, step: int) -> None:
+        if step == self.watched:
+            self.waits = self._stack.enter_context(recorded(self.device))
+
+    def ends(self, step: int, seconds: Mapping[str, float] | None = None) -> None:
+        self._stack.close()
+
+
+def train(trainer: str, flags: Sequence[str], *watchers: Watcher, finishes: bool = True) -> Any:
     """Train in this process; returns the trainer.
 
     Args:
-        steps: Wraps what gives the loop its steps, so that it can measure them, or raise.
-        finishes: False = nothing is drawn and written at the end.
+        trainer: train_dreambooth or train_controlnet; finishes: False = nothing is drawn and written at the end.
+
+    Raises:
+        RuntimeError: it has ended with an exit code.
     """
     for state in (AcceleratorState, PartialState):
         state._reset_state()
     GradientState._reset_state()
     sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
     module = importlib.import_module(trainer)
-    base = {"train_dreambooth": "DreamBooth", "train_controlnet": "ControlNet"}[trainer]
+    base = CLASSES[trainer]
 
     class Watched(getattr(module, base)):
         def prepare(self) -> None:
             super().prepare()
-            if steps is not None:
-                self.run.steps = steps(self.run.steps)
+            steps = self.run.steps
+            self.run.steps = lambda first, last: told(steps(first, last), watchers)
 
         def finish(self, step: int) -> None:
             if finishes:
@@ -101,36 +153,14 @@ def train(trainer: str, flags: Sequence[str], steps: Callable[[Steps], Steps] | 
     return trained
 
 
-def until(last: int) -> Callable[[Steps], Steps]:
-    """Ends a run after a step as a kill would: nothing more is written."""
-
-    def wrap(steps: Steps) -> Steps:
-        def give(first: int, end: int) -> Iterator[int]:
-            for step in steps(first, end):
-                if step > last:
-                    raise Killed
-                yield step
-
-        return give
-
-    return wrap
-
-
-def timed(device: torch.device, seconds: list[float]) -> Callable[[Steps], Steps]:
-    """Appends how long each step takes. The device is waited for before each."""
-
-    def wrap(steps: Steps) -> Steps:
-        def give(first: int, end: int) -> Iterator[int]:
-            for step in steps(first, end):
-                synchronize(device)
-                begun = time.perf_counter()
-                yield step
-                synchronize(device)
-                seconds.append(time.perf_counter() - begun)
-
-        return give
-
-    return wrap
+def told(steps: Iterator[int], watchers: Sequence[Watcher]) -> Iterator[int]:
+    """The steps, of which the watchers are told."""
+    for step in steps:
+        for watcher in watchers:
+            watcher.begins(step)
+        yield step
+        for watcher in watchers:
+            watcher.ends(step)
 
 
 def figures(output: Path, seconds: float) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The goal is none in a step but for the logged numbers. A host that waits cannot 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ import torch
 from ..optimization import make_optimizer
 from ..throughput.candidates import lora, ours, trainable
 from .check import Check
-from .runs import PRECISIONS, Steps, shell_flags, train
+from .runs import PRECISIONS, WaitsOf, shell_flags, train
 from .shapes import denoise, shapes
-from .waiting import Waits, recorded
+from .waiting import recorded
 
 WATCHED, LAST = 2, 3  # the step that is watched, and the last one, which is logged in more detail
 SHORT = [
@@ -44,22 +43,9 @@ def run(check: Check) -> None:
 
 def trainer_step(check: Check, trainer: str, flags: list[str]) -> dict[str, Any]:
     """One step of the real loop, with all that it does between two steps."""
-    found: list[Waits] = []
-
-    def watch(steps: Steps) -> Steps:
-        def give(first: int, end: int) -> Iterator[int]:
-            for step in steps(first, end):
-                if step == WATCHED:
-                    with recorded(check.device) as waits:
-                        yield step
-                    found.append(waits)
-                else:
-                    yield step
-
-        return give
-
-    train(trainer, flags, watch, finishes=False)
-    return found[0].table()
+    watcher = WaitsOf(check.device, WATCHED)
+    train(trainer, flags, watcher, finishes=False)
+    return watcher.waits.table()
 
 
 def adapter_step(check: Check, adapter) -> dict[str, Any]:
