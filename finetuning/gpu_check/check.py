@@ -83,11 +83,12 @@ class Check:
             value = measure()
         except Exception as error:
             self.errors[name] = describe(error)
-            self.write()
-            self.release()
-            return None
-        self.put(name, value)
-        return value
+        else:
+            self.put(name, value)
+            return value
+        self.write()
+        self.release()  # not above, where the error still holds on to what its calls have allocated
+        return None
 
     def release(self) -> None:
         """Gives back the memory of what is no longer used.

@@ -137,15 +137,17 @@ class Bench:
                 ready[name] = self.prepare(name, ready)
             except Exception as error:
                 self.rows[name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-                ready.pop(name, None)
+            if name not in ready:
                 self.check.release()
             self.check.put(self.shape.name, self.rows)
+        if not ready:
+            return self.rows
 
         steps = {n: lambda c=c: milliseconds(self.device, lambda: self.step(c)) for n, c in ready.items()}
 
         def is_enough(times: dict[str, list[float]]) -> bool:
             self.put_steps(times)
-            return time.time() > ends and len(times[BASE]) > 1
+            return time.time() > ends and min(map(len, times.values())) > 1
 
         in_turn(steps, 1 if self.check.tiny else ROUNDS, is_enough=is_enough)
         for name in ready:
@@ -177,7 +179,8 @@ class Bench:
         for name, own in times.items():
             row = self.rows[name]
             row["step_ms"], row["rounds"] = statistics.median(own), len(own)
-            row["step_to_base"] = ratio(own, times[BASE])
+            if BASE in times:
+                row["step_to_base"] = ratio(own, times[BASE])
             if REFERENCE in times:
                 row["step_to_lora"], row["spread"] = ratio(own, times[REFERENCE]), spread(own, times[REFERENCE])
         self.check.put(self.shape.name, self.rows)
@@ -226,6 +229,7 @@ class Bench:
                 }
             except Exception as error:
                 self.rows[name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+            if name not in ready:
                 self.check.release()
             self.check.put(title, self.rows)
             steps = {n: lambda c=c: milliseconds(self.device, lambda: self.step(c)) for n, c in ready.items()}

@@ -56,6 +56,8 @@ def costliest(check: Check, bench: Bench, name: str) -> dict[str, Any]:
         for event in profiler.events()
         if event.device_type == where and not getattr(event, "is_user_annotation", False)
     ]
+    if not events:
+        raise RuntimeError("the profiler has seen no kernels; may this user read the GPU's counters?")
     kernels: dict[str, list[float]] = {}
     for event in events:
         kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)

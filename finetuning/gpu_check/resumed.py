@@ -35,7 +35,8 @@ def compare(device: str, flags: list[str], folder: str, steps: int, deterministi
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     half, timer, ends = steps // 2, Timer(torch.device(device)), {}
-    base = [*flags, f"--max_train_steps={steps}", f"--checkpointing_steps={half}", "--validation_steps=1000"]
+    base = [*flags, f"--max_train_steps={steps}", f"--checkpointing_steps={half}", "--lr_warmup_steps=0"]
+    base.append("--validation_steps=1000")
     for name in ("alone", "again", "killed"):
         shutil.rmtree(Path(folder, name), ignore_errors=True)
         given = [*base, f"--output_dir={Path(folder, name)}"]

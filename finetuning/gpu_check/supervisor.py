@@ -25,7 +25,7 @@ from ..config import InputError, RunError
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "log.txt"
 GRACE = 5.0  # seconds that a stage has to write down that it has ended
-START = 120.0  # seconds in which a process must have loaded torch
+START = 300.0  # seconds in which a process must have loaded torch
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def run(check: Check) -> None:
         check.measure(f"training step of the adapter alone, {name}", lambda a=adapter: adapter_step(check, a))
         check.measure(f"inference call, {name}", lambda a=adapter: inference_call(check, a))
     for trainer, more in {
-        "train_dreambooth": ["--num_class_images=4"],
+        "train_dreambooth": ["--num_class_images=4", "--prior_generation_precision=fp32"],
         "train_controlnet": ["--held_out_images=2"],
     }.items():
         flags = shell_flags(trainer, check.scratch, check.tiny)
