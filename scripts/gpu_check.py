@@ -21,10 +21,14 @@ sys.dont_write_bytecode = True  # nothing is written outside of DIR
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetuning.config import InputError, run_command  # noqa: E402
-from finetuning.gpu_check import found  # noqa: E402
-from finetuning.gpu_check.summary import write_summary  # noqa: E402
-from finetuning.gpu_check.supervisor import STAGES, supervise  # noqa: E402
+try:
+    from finetuning.config import InputError, run_command
+    from finetuning.gpu_check import found
+    from finetuning.gpu_check.summary import write_summary
+    from finetuning.gpu_check.supervisor import STAGES, supervise
+except ModuleNotFoundError as error:  # of PyYAML; the others are looked for below
+    print(f"error: {error.name} is not installed; pip install -r requirements.txt -c constraints.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -145,7 +145,8 @@ def helping_stages(monkeypatch):
 
 
 def test_a_stage_that_fails_is_put_down_and_the_next_one_runs(tmp_path, helping_stages):
-    stages = {name: Stage(f"stage_{name}", 1) for name in ("raises", "dies", "hangs", "works")}
+    shares = {"raises": 1, "dies": 1, "hangs": 0.1, "works": 1}
+    stages = {name: Stage(f"stage_{name}", share) for name, share in shares.items()}
     said: list[str] = []
     begun = time.monotonic()
     assert not supervise(stages, "cpu", True, tmp_path, 60, said.append)
@@ -186,6 +187,8 @@ def test_wrong_input_is_told_in_a_line(tmp_path, arguments, said):
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    done = command("--output", tmp_path / "out", HIDDEN_PACKAGES="yaml")
+    assert done.returncode == 2 and done.stderr.startswith("error: yaml is not installed; pip install")
     monkeypatch.setattr(found, "NEEDED", ("torch", "no-such-package"))
     with pytest.raises(found.InputError, match="not installed: no-such-package"):
         found.packages(ROOT / "constraints.txt")

@@ -59,10 +59,10 @@ def supervise(stages: Mapping[str, Stage], device: str, tiny: bool, folder: Path
     worker, is_well = None, True
     try:
         for number, (name, stage) in enumerate(stages.items()):
-            begun, left = time.time(), ends - time.time()
-            share = left * stage.share / sum(other.share for other in list(stages.values())[number:])
             if worker is None:
                 worker = Worker(device, tiny, folder, say)
+            begun, left = time.time(), ends - time.time()
+            share = left * stage.share / sum(other.share for other in list(stages.values())[number:])
             say(f"{name}: up to {max(0, share):.0f} s")
             status = worker.run(name, stage.module, begun + share)
             if not worker.is_sound:

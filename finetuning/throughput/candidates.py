@@ -13,16 +13,19 @@ NO_SIZE = {"boft_block_size": 0}  # peft's default is 4; either size or number o
 
 
 def frozen(unet: nn.Module, targets: Sequence[str]) -> nn.Module:
+    """The model itself."""
     return unet
 
 
 def lora(unet: nn.Module, targets: Sequence[str]) -> nn.Module:
+    """peft's LoRA of rank 16, which the others are compared with."""
     from peft import LoraConfig, LoraModel
 
     return LoraModel(unet, LoraConfig(r=16, target_modules=list(targets)), "default")
 
 
 def oft(unet: nn.Module, targets: Sequence[str]) -> nn.Module:
+    """peft's OFT in its second form: blocks of 32, by a Neumann series in the place of inverses."""
     from peft import OFTConfig, OFTModel
 
     return OFTModel(
@@ -53,6 +56,8 @@ def stock_boft(m: int, **size) -> Callable:
 
 
 def ours(m: int, train_scale: bool = True, **size) -> Callable:
+    """This project's BOFT. size: boft_block_size or boft_block_num."""
+
     def wrap(unet: nn.Module, targets: Sequence[str]) -> nn.Module:
         from boft import BOFTConfig, BOFTModel
 
