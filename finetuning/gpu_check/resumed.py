@@ -62,6 +62,6 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    parent = os.fdopen(os.dup(1), "w")
+    parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     print(json.dumps(compare(**json.loads(sys.argv[1]))), file=parent, flush=True)

@@ -54,7 +54,7 @@ def shell_flags(trainer: str, folder: Path, tiny: bool) -> list[str]:
         subprocess.CalledProcessError: the script has failed.
     """
     recorder, file = folder / "recorder.sh", folder / f"{trainer}.flags"
-    recorder.write_text(RECORDER)
+    recorder.write_text(RECORDER, encoding="utf-8")
     recorder.chmod(0o755)
     variables = {
         "PYTHON": str(recorder), "GPU_CHECK_PYTHON": sys.executable, "GPU_CHECK_FLAGS": str(file), "SUBJECT": "mug",
@@ -62,7 +62,7 @@ def shell_flags(trainer: str, folder: Path, tiny: bool) -> list[str]:
     }  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if name not in ("MODEL_NAME", "ACCELERATE", "STEPS")}
     subprocess.run([ROOT / f"{trainer}.sh"], env=kept | variables, check=True, stdout=sys.stderr)
-    flags = [flag for flag in file.read_text().splitlines() if flag != "--overwrite_output_dir"]
+    flags = [flag for flag in file.read_text(encoding="utf-8").splitlines() if flag != "--overwrite_output_dir"]
     return [*flags, *(TINY_OF[trainer] if tiny else [])]
 
 

@@ -78,7 +78,7 @@ def in_process(check: Check, options: dict[str, Any]) -> dict[str, Any]:
         env={**os.environ, **resumed.CUBLAS},
         stdout=subprocess.PIPE,
         timeout=max(1, check.left()),
-        text=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise RuntimeError(f"its process ended with exit code {done.returncode}; the log says why")

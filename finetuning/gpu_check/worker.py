@@ -24,7 +24,7 @@ from .check import DONE, FAILED, Check, DeviceLost, describe
 
 
 def main(task: dict[str, Any]) -> None:
-    parent = os.fdopen(os.dup(1), "w")
+    parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def say(**message: Any) -> None:
