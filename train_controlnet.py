@@ -39,6 +39,7 @@ from finetuning.dataset import read_prompts, to_image
 from finetuning.objective import mean_squared_error
 from finetuning.picture import grid, save_picture
 from finetuning.randomness import seed_modules
+from finetuning.readings import onto
 from finetuning.report import read_metrics
 from finetuning.run import DTYPES, METRICS
 from finetuning.training import Losses
@@ -79,7 +80,7 @@ class ControlNet:
         training, base, process = self.training, self.base, self.base.process
         # Latents of B images, and what conditions them: prompts, and controls (B, channels, H, W):
         x0, condition = training.encoding.latents(batch), training.encoding.condition(batch)
-        control = batch.conditions.to(x0)
+        control = onto(batch.conditions, x0.device, x0.dtype)
 
         # Noise them, predict by the control, compare:
         noise = process.noise(x0, self.seed, batch.keys)  # (B, C, h, w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from .adapter import Adapter, train_fully
 from .builders import build_adapter
 from .config import InputError
 from .control import PARTS, make_full, make_light, take_residuals
-from .control_conditions import canny, read_bands, stack
+from .control_conditions import canny, has_opencv, opencv, read_bands, stack
 from .control_data import ControlStream, carve
 from .control_evaluation import Detector, EdgeDetector, MaskDetector, load_segmenter
 from .control_folder import read_folder
@@ -24,6 +25,8 @@ from .control_settings import MADE, RENDERED, ControlDataSettings, ControlNetCon
 from .control_sources import Source, open_condition
 from .dataset import Transform
 from .stable_diffusion import StableDiffusion
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = 16
 Labels = Callable[[Image.Image], np.ndarray]
@@ -98,11 +101,15 @@ def build_streams(
 def build_detectors(
     settings: ControlDataSettings, toy_segments: Callable[[], Labels | None], device: torch.device
 ) -> dict[str, Detector]:
-    """What finds the control in pictures again: edges, and segments where there is a network for them.
+    """What finds the control in pictures again: edges by OpenCV, and segments where there is a network for them.
 
     toy_segments: gives the toy world's own.
     """
-    detectors: dict[str, Detector] = {"edges": EdgeDetector(settings.canny_low, settings.canny_high)}
+    detectors: dict[str, Detector] = {}
+    if has_opencv():
+        detectors["edges"] = EdgeDetector(settings.canny_low, settings.canny_high)
+    else:
+        logger.warning("edges are not scored: OpenCV is not installed; pip install opencv-python-headless")
     if settings.segmentation_model is not None:
         detectors["mask"] = MaskDetector(load_segmenter(settings.segmentation_model, str(device)).labels)
     elif settings.is_toyworld and (labels := toy_segments()) is not None:
@@ -132,6 +139,7 @@ def _maker(settings: ControlDataSettings) -> Callable[[Image.Image], Image.Image
     if settings.conditioning not in MADE or (settings.is_toyworld and settings.conditioning in RENDERED):
         return None
     if settings.conditioning == "canny":
+        opencv()  # is it there?
         return partial(canny, low=settings.canny_low, high=settings.canny_high)
     return load_segmenter(settings.segmentation_model).colours
 

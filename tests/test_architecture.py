@@ -17,6 +17,10 @@ FORBIDDEN = {
 ALLOWED = {
     ("finetuning/adapter.py", "boft"),
     ("boft/linear.py", "transformers"),  # whose Conv1D it adapts
+    ("finetuning/throughput/candidates.py", "boft"),  # which is measured
+    ("finetuning/gpu_check/identities.py", "boft"),
+    ("finetuning/gpu_check/cost.py", "boft"),
+    ("finetuning/gpu_check/inverses.py", "boft"),
 }
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 
