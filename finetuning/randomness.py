@@ -12,6 +12,10 @@ from functools import lru_cache
 
 import torch
 
+from finetuning.readings import onto
+
+CPU = torch.device("cpu")
+
 
 def derived_seed(*parts: object) -> int:
     """A seed in [0, 2**63) from, say, (seed, "noise", position); the same in every process and on every machine."""
@@ -24,14 +28,26 @@ def generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
-def normal(shape: Sequence[int], seed: int, purpose: str, keys: Sequence[object]) -> torch.Tensor:
-    """Standard normal numbers (len(keys), *shape): row i depends on (seed, purpose, keys[i]) alone."""
-    return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, key)) for key in keys])
+def normal(
+    shape: Sequence[int], seed: int, purpose: str, keys: Sequence[object], like: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Standard normal numbers (len(keys), *shape): row i depends on (seed, purpose, keys[i]) alone.
+
+    Args:
+        like: Its device and dtype are the result's; a GPU is not waited for. None = float32 on the CPU.
+    """
+    drawn = torch.stack([torch.randn(*shape, generator=generator(seed, purpose, key)) for key in keys])
+    return drawn if like is None else onto(drawn, like.device, like.dtype)
 
 
-def integers(high: int, seed: int, purpose: str, keys: Sequence[object]) -> torch.Tensor:
-    """Uniform integers in [0, high), shape (len(keys),): entry i depends on (seed, purpose, keys[i]) alone."""
-    return torch.tensor([derived_seed(seed, purpose, key) % high for key in keys], dtype=torch.long)
+def integers(high: int, seed: int, purpose: str, keys: Sequence[object], device: torch.device = CPU) -> torch.Tensor:
+    """Uniform integers in [0, high), shape (len(keys),): entry i depends on (seed, purpose, keys[i]) alone.
+
+    Args:
+        device: Where they are wanted; a GPU is not waited for.
+    """
+    drawn = torch.tensor([derived_seed(seed, purpose, key) % high for key in keys], dtype=torch.long)
+    return onto(drawn, device)
 
 
 @lru_cache(maxsize=16)

@@ -32,7 +32,8 @@ from finetuning.errors import InputError
 from finetuning.run.allocator import keep_freed_memory
 from finetuning.run.resident_memory import peak_resident_memory
 from finetuning.settings.fields import run_command
-from finetuning.studies.throughput.neighbours import NO_SIZE, frozen, lora, lycoris_boft, oft, stock_boft
+from finetuning.studies.throughput.candidates import REFERENCE, ours
+from finetuning.studies.throughput.neighbours import frozen, lora, lycoris_boft, oft, stock_boft
 from finetuning.studies.throughput.table import machine, plot, print_rotation_table, print_table
 from finetuning.studies.throughput.turns import in_turn, ratio, spread
 from finetuning.studies.throughput.unet import inference_step, inputs, stable_diffusion_unet, train_step, trainable
@@ -41,27 +42,11 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURES = ("step", "inference", "wrap", "memory", "rotation")
-REFERENCE = "LoRA r=16 (peft)"
 PROCESSES_FOR_MEMORY = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 # Candidates: each takes a UNet and target names, and returns the model to run
-
-
-def ours(m: int, train_scale: bool = True, **size) -> Callable:
-    def wrap(unet: nn.Module, targets: list[str]) -> nn.Module:
-        from boft import BOFTConfig, BOFTModel
-
-        config = BOFTConfig(
-            **NO_SIZE | size,
-            boft_n_butterfly_factor=m,
-            boft_train_scale=train_scale,
-            target_modules=targets,
-        )
-        return BOFTModel(unet, config, "default")
-
-    return wrap
 
 
 CANDIDATES: dict[str, Callable] = {

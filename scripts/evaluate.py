@@ -178,9 +178,9 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
             which = subject, load_run_config(run)["pretrained_model_name_or_path"]
             if which not in judged:
                 judges = Judges(DATA / "judge", subject)
-                judged[which] = judges, *score(drawing(load_base(which[1])), judges, word="")
+                judged[which] = judges, *score(drawing(load_base(which[1]).to(args.device)), judges, word="")
             judges, base, pictures = judged[which]
-            tuned, _ = score(drawing(load_run(run)), judges, base=pictures)
+            tuned, _ = score(drawing(load_run(run).to(args.device)), judges, base=pictures)
             found = {"subject": subject, **key, "base": asdict(base), "tuned": asdict(tuned)}
             write(path, as_json(found))
         results[name] = found
@@ -256,6 +256,10 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="pictures at a time")
+    add_device_flag(parser)
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="where everything runs (default: the fastest there is)")
 
 
@@ -320,6 +324,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--scheduler", choices=SCHEDULERS, help="e.g. dpm++, of which 12 steps do (default: the base's)"
     )
+    add_device_flag(command)
     command.set_defaults(run=toyworld)
 
     command = commands.add_parser("controlnet", help="a run of train_controlnet.py: how controls are followed")

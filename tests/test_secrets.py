@@ -82,8 +82,8 @@ PROCESS = """
 import json, os, pathlib, sys
 import psutil
 sys.path.insert(0, {root!r})
-from finetuning.launch import launch
-from finetuning.settings import DreamBoothConfig
+from finetuning.run.launch import launch
+from finetuning.settings.dreambooth import DreamBoothConfig
 config = launch(DreamBoothConfig)
 said = {{"token": config.tracking.hub_token, "seed": config.optimization.seed, "argv": sys.argv,
          "seen": psutil.Process().cmdline(), "environment": dict(os.environ)}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from PIL import Image
 
 from finetuning.adapters.adapter import Adapter, train_fully
 from finetuning.builders import build_adapter
-from finetuning.control.conditions import canny, read_bands, stack
+from finetuning.control.conditions import canny, has_opencv, opencv, read_bands, stack
 from finetuning.control.consistency import Detector, EdgeDetector, MaskDetector, load_segmenter
 from finetuning.control.folder_source import read_folder
 from finetuning.control.network import PARTS, make_full, make_light, take_residuals
@@ -24,6 +25,8 @@ from finetuning.dataset.stream import Transform
 from finetuning.errors import InputError
 from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.settings.control import MADE, RENDERED, ControlDataSettings, ControlNetConfig
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = 16
 Labels = Callable[[Image.Image], np.ndarray]
@@ -98,11 +101,15 @@ def build_streams(
 def build_detectors(
     settings: ControlDataSettings, toy_segments: Callable[[], Labels | None], device: torch.device
 ) -> dict[str, Detector]:
-    """What finds the control in pictures again: edges, and segments where there is a network for them.
+    """What finds the control in pictures again: edges by OpenCV, and segments where there is a network for them.
 
     toy_segments: gives the toy world's own.
     """
-    detectors: dict[str, Detector] = {"edges": EdgeDetector(settings.canny_low, settings.canny_high)}
+    detectors: dict[str, Detector] = {}
+    if has_opencv():
+        detectors["edges"] = EdgeDetector(settings.canny_low, settings.canny_high)
+    else:
+        logger.warning("edges are not scored: OpenCV is not installed; pip install opencv-python-headless")
     if settings.segmentation_model is not None:
         detectors["mask"] = MaskDetector(load_segmenter(settings.segmentation_model, str(device)).labels)
     elif settings.is_toyworld and (labels := toy_segments()) is not None:
@@ -132,6 +139,7 @@ def _maker(settings: ControlDataSettings) -> Callable[[Image.Image], Image.Image
     if settings.conditioning not in MADE or (settings.is_toyworld and settings.conditioning in RENDERED):
         return None
     if settings.conditioning == "canny":
+        opencv()  # is it there?
         return partial(canny, low=settings.canny_low, high=settings.canny_high)
     return load_segmenter(settings.segmentation_model).colours
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from types import ModuleType
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -17,8 +18,33 @@ from finetuning.randomness import generator
 
 Bands = list[Image.Image]  # modes L or F, values 0..255, of one size
 
-cv2.setNumThreads(1)  # pictures are small, and data loaders have their own processes
 CANNY = (100, 200)  # thresholds at 512 pixels, as ControlNet's and the papers' are
+
+
+@lru_cache(maxsize=1)
+def opencv() -> ModuleType:
+    """OpenCV, on one thread: pictures are small, and data loaders have their own processes.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise InputError(
+            "--conditioning=canny: needs OpenCV, which is not installed; pip install opencv-python-headless"
+        ) from None
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def has_opencv() -> bool:
+    """Whether edges can be found; nothing else needs OpenCV."""
+    try:
+        opencv()
+    except InputError:
+        return False
+    return True
 
 
 def canny_thresholds(side: int, low: float = CANNY[0], high: float = CANNY[1]) -> tuple[float, float]:
@@ -34,7 +60,7 @@ def canny_thresholds(side: int, low: float = CANNY[0], high: float = CANNY[1]) -
 def canny(image: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
     """Edges, 255 on 0, in mode L; the thresholds are for 512 pixels."""
     thresholds = canny_thresholds(min(image.size), low, high)
-    return Image.fromarray(cv2.Canny(np.asarray(image.convert("RGB")), *thresholds))
+    return Image.fromarray(opencv().Canny(np.asarray(image.convert("RGB")), *thresholds))
 
 
 def label_colours(labels: np.ndarray) -> Image.Image:

@@ -10,20 +10,23 @@ nothing that it can compare, the picture is counted as a failure, not dropped in
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from finetuning.control.conditions import canny, label_colours
+from finetuning.control.conditions import canny, label_colours, opencv
 from finetuning.errors import InputError
 from finetuning.evaluation.scores import IMAGENET, Preprocessing
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.0075  # of the diagonal
 EDGES = ("canny", "edges")  # controls that are edges themselves
@@ -66,6 +69,7 @@ def edge_scores(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     if not union:
         return {"edge_f1": 1.0, "edge_iou": 1.0, "edge_precision": 1.0, "edge_recall": 1.0}
     radius = max(1, round(TOLERANCE * math.hypot(*wanted.shape)))
+    cv2 = opencv()
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
     near_found, near_wanted = (cv2.dilate(x.astype(np.uint8), kernel) > 0 for x in (found, wanted))
     precision = (found & near_wanted).sum() / max(1, found.sum())
@@ -242,18 +246,29 @@ def mean_scores(each: Sequence[dict[str, float]]) -> dict[str, float]:
 def overlay(picture: Image.Image, condition: torch.Tensor, side: int = 192) -> Image.Image:
     """A picture with its control over it; a map of segments by its borders. Small ones are enlarged."""
     side = max(side, *picture.size)
-    control = condition.float().amax(0).cpu().numpy()
+    control = condition.float().amax(0).cpu()
     width = max(3, len(control) // 16)
-    if cv2.erode(control, np.ones((width, width), np.uint8)).sum() > 0.2 * control.sum():  # areas, not lines
-        control = cv2.morphologyEx(control, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8))
-    alpha = cv2.resize(control, (side, side), interpolation=cv2.INTER_LINEAR)[..., None].clip(0, 1)
+    if _lowest(control, width).sum() > 0.2 * control.sum():  # areas, not lines
+        control = -_lowest(-control, 2) - _lowest(control, 2)
+    alpha = F.interpolate(control[None, None], (side, side), mode="bilinear")[0, 0, :, :, None].clamp(0, 1).numpy()
     image = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), np.float32)
     return Image.fromarray((image * (1 - 0.85 * alpha) + HIGHLIGHT * 0.85 * alpha).round().astype(np.uint8))
 
 
+def _lowest(values: torch.Tensor, width: int) -> torch.Tensor:
+    """The lowest value in a square around each element of (H, W)."""
+    before = width // 2
+    sides = (before, width - 1 - before) * 2
+    return -F.max_pool2d(F.pad(-values[None, None], sides, value=-math.inf), width, stride=1)[0, 0]
+
+
 def plot_course(metrics: Sequence[Mapping[str, float]], names: Iterable[str], path: Path) -> None:
     """Scores over steps, from the lines of metrics.jsonl: where control sets in, they leave their floor."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("%s is not drawn: matplotlib is not installed; pip install matplotlib", path)
+        return
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

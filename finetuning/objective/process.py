@@ -58,17 +58,17 @@ class Diffusion:
     noise_offset: float = 0.0
 
     def times(self, seed: int, keys: Sequence[str]) -> torch.Tensor:
-        return integers(len(self.alpha_bar), seed, "timestep", keys).to(self.alpha_bar.device)
+        return integers(len(self.alpha_bar), seed, "timestep", keys, self.alpha_bar.device)
 
     def spread_times(self, count: int) -> torch.Tensor:
         T = len(self.alpha_bar)
         return torch.arange(count, device=self.alpha_bar.device) * T // count + T // (2 * count)
 
     def noise(self, x0: torch.Tensor, seed: int, keys: Sequence[str]) -> torch.Tensor:
-        noise = normal(x0.shape[1:], seed, "noise", keys).to(x0)
+        noise = normal(x0.shape[1:], seed, "noise", keys, like=x0)
         if not self.noise_offset:
             return noise
-        shift = normal(x0.shape[1:2], seed, "offset", keys).to(x0)  # (B, C)
+        shift = normal(x0.shape[1:2], seed, "offset", keys, like=x0)  # (B, C)
         return offset_noise(noise, shift, self.noise_offset)
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ class Clock:
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
         self.now, self.on_cuda = now, device.type == "cuda"
         self._open: list[str] = []
-        self._marks: list[tuple[object, str | None]] = []  # from each mark on, the phase that runs, None = no phase
+        self._waiting: list[tuple[Any, str | None]] = []  # on a GPU, of the step before
+        self._marks: list[tuple[Any, str | None]] = []  # from each mark on, the phase that runs, None = no phase
 
     @contextmanager
     def phase(self, name: str):
@@ -45,12 +47,13 @@ class Clock:
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last reading; phases that did not run are left out.
 
-        On a GPU this waits until the device has done what was timed.
+        On a GPU these are the seconds before the last reading, i.e. of the step before, because the host would have to
+        wait for those of this one. The first reading there is empty.
         """
         self._mark()
         marks, self._marks = self._marks, self._marks[-1:]
         if self.on_cuda:
-            marks[-1][0].synchronize()
+            marks, self._waiting = self._waiting, marks
         seconds: dict[str, float] = defaultdict(float)
         for (begun, phase), (ended, _) in itertools.pairwise(marks):
             if phase is not None:
@@ -58,7 +61,7 @@ class Clock:
         return dict(seconds)
 
     def _mark(self) -> None:
-        moment: object
+        moment: Any
         if self.on_cuda:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from finetuning import files
 from finetuning.errors import InputError, RunError
 from finetuning.files import save_picture
 from finetuning.randomness import seed_modules
+from finetuning.readings import Reading
 from finetuning.run import environment
 from finetuning.run.allocator import keep_freed_memory
 from finetuning.run.processes import LAUNCH, check_accumulation, check_engine, check_gpus, precision, processes_asked
@@ -75,6 +78,9 @@ class Run:
         self.stop_signal: int | None = None  # what all processes have agreed to stop for
         self._signal: int | None = None  # what this one was sent
         self._has_asked = False
+        self.reads_late = self.device.type == "cuda"  # numbers of a step, while the next one runs
+        self._unwritten: tuple[int, Reading] | None = None  # a line of the log
+        self._unread_norm: Reading | None = None
         self.folder: Path | None = None
         self.trackers: list[TensorBoard | WandB] = []
         self._bar: tqdm | None = None
@@ -107,15 +113,42 @@ class Run:
             files.write(log, "".join(f"{line}\n" for line in kept))
         self.accelerator.wait_for_everyone()
 
-    def log(self, step: int, **values: float | None) -> None:
+    def log(self, step: int, **values: float | torch.Tensor | None) -> None:
         """One line of metrics.jsonl, the trackers, and the progress bar. None values are left out.
 
+        On a GPU, a line with tensors, of one element each, is written with the next one or by `settle`.
+
         Raises:
-            RunError: the disk is full; checkpoints stand.
+            RunError: the disk is full, or the run has diverged; checkpoints stand.
         """
         if not self.is_main:
             return
+        if self._unwritten is not None and self._unwritten[0] == step:  # e.g. validation: there is time to look
+            self.settle()
+        self._write_late()
         values = {k: v for k, v in values.items() if v is not None}
+        reading = Reading(values)
+        if self.reads_late and any(isinstance(value, torch.Tensor) for value in values.values()):
+            self._unwritten = step, reading
+        else:
+            self._write(step, reading.values())
+
+    def settle(self) -> None:
+        """Write and check what is still to be read of the steps before.
+
+        Raises:
+            RunError: as `log` and `clip_gradients`.
+        """
+        self._check_norm()
+        self._write_late()
+
+    def _write_late(self) -> None:
+        """Writes the line that is still to be read."""
+        if self._unwritten is not None:
+            (step, reading), self._unwritten = self._unwritten, None
+            self._write(step, reading.values())
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         line = json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
         try:
             with open(self.folder / METRICS, "a", encoding="utf-8", newline="\n") as file:
@@ -154,7 +187,8 @@ class Run:
         )
 
     def close(self) -> None:
-        """Finish the trackers' files and leave the process group."""
+        """Finish the log and the trackers' files, and leave the process group."""
+        self.settle()
         for tracker in self.trackers:
             tracker.close()
         if self.processes > 1:
@@ -172,6 +206,7 @@ class Run:
                 self._bar.update()
                 if self.is_stopping():
                     break
+            self.settle()
         self._bar = None
 
     def batch_numbers(self, first: int, last: int) -> range:
@@ -205,24 +240,44 @@ class Run:
     def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the norm of all gradients together; returns it.
 
+        Where it is not finite, no weights are changed by it. On a GPU the optimizer finds that out by itself, and the
+        host one step later, so that it need not wait.
+
         Raises:
             RunError: it is not finite. (In float16 that is expected now and then: the scaler leaves the step out.)
         """
         parameters = [p for g in optimizer.param_groups for p in g["params"]]
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
-        if self.scaler is None and not torch.isfinite(norm):  # note: a sync point on GPUs, as logging is
+        if self.scaler is None:
+            self._check_norm()
+            self._unread_norm = Reading({"norm": norm})
+            inner = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+            if self.reads_late and getattr(inner, "_step_supports_amp_scaling", False):
+                inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()  # as float16's scaler does
+            else:
+                self._check_norm()
+        return norm
+
+    def _check_norm(self) -> None:
+        """Raises RunError if the norm that is still to be read is not finite; its step is not logged."""
+        if self._unread_norm is None:
+            return
+        reading, self._unread_norm = self._unread_norm, None
+        if not math.isfinite(reading.values()["norm"]):
+            self._unwritten = None
             raise RunError(
                 f"{DIVERGED}: its gradients are no longer finite. No weights were spoilt by them, and "
                 "checkpoints stand; lower --learning_rate, or look at whether the base model's weights are sound"
             )
-        return norm
 
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     def check_same(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises RunError if the processes have come to train different weights. All of them must call."""
+        """Raises RunError if the processes have come to train different weights, or the run has diverged. All of them
+        must call."""
+        self.settle()
         if self.processes == 1:
             return
         sums = [p.detach().double().sum() for g in optimizer.param_groups for p in g["params"]]
@@ -240,13 +295,12 @@ class Run:
         """Since the current step began."""
         return time.perf_counter() - self._started
 
-    def mean(self, values: torch.Tensor) -> list[float]:
-        """Means over processes, as plain numbers. Note: a sync point on GPUs."""
-        return (
-            self.accelerator.reduce(values.detach().float(), "mean").tolist()
-            if self.processes > 1
-            else values.tolist()
-        )
+    def mean(self, values: torch.Tensor) -> list[float] | list[torch.Tensor]:
+        """Means over processes, for `log`: plain numbers, or on a GPU tensors, which are read later."""
+        values = values.detach()
+        if self.processes > 1:
+            values = self.accelerator.reduce(values.float(), "mean")
+        return list(values.unbind()) if self.reads_late else values.tolist()
 
     def peak_memory(self) -> float:
         """GiB: of the GPU, or of the whole process on a CPU."""
@@ -315,6 +369,13 @@ def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
             f"with {LAUNCH}"
         )
     return accelerator
+
+
+def forget_processes() -> None:
+    """Let the next `Run` of this process be a run of its own: accelerate keeps what it found for good."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -198,7 +198,7 @@ class Training:
             self.number,
             **means,
             **rates,
-            gradient_norm=float(gradient_norm),
+            gradient_norm=gradient_norm,
             images_per_second=self.samples / self.run.seconds,
             peak_memory_gib=self.run.peak_memory(),
             rotation_degrees=denoiser.rotation_angle() if is_rare and denoiser is not None else None,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import draw_photo
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from training import BOFT
 
 import train_controlnet
+from finetuning.run.run import forget_processes
 from finetuning.settings.fields import run_command
 
 
@@ -69,9 +69,7 @@ def control_flags(base: Path, data: Path, output: Path, *more: object, adapter: 
 
 def run_control(*arguments: object) -> int:
     """The exit code of train_controlnet.py with these arguments."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    forget_processes()
     return run_command(train_controlnet.main, [str(a) for a in arguments])
 
 

@@ -12,11 +12,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import START_METHOD
 from safetensors.torch import load_file
 
 import train_dreambooth
+from finetuning.run.run import forget_processes
 from finetuning.settings.fields import run_command
 
 BOFT = ("--use_boft", "--boft_block_size=4", "--boft_n_butterfly_factor=2")
@@ -50,9 +50,7 @@ def prior_flags(folder: Path, count: int = 3) -> list[str]:
 
 def run(*arguments: object) -> int:
     """The exit code of train_dreambooth.py with these arguments."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    forget_processes()
     return run_command(train_dreambooth.main, [str(a) for a in arguments])
 
 

@@ -8,7 +8,12 @@ import sys
 from collections.abc import Callable, Mapping
 
 
-def in_turn(steps: Mapping[str, Callable[[], float]], rounds: int, tell: bool = False) -> dict[str, list[float]]:
+def in_turn(
+    steps: Mapping[str, Callable[[], float]],
+    rounds: int,
+    tell: bool = False,
+    is_enough: Callable[[dict[str, list[float]]], bool] | None = None,
+) -> dict[str, list[float]]:
     """Times of each of the steps, `rounds` each. A step does its work and returns how long it took, in any unit.
 
     Before each step that counts comes one of the same kind that does not, as in training, where a step finds caches
@@ -16,6 +21,7 @@ def in_turn(steps: Mapping[str, Callable[[], float]], rounds: int, tell: bool = 
 
     Args:
         tell: Say on standard error how many rounds are done.
+        is_enough: Is asked after each round, with all times so far, whether it shall be the last one.
     """
     names, times = list(steps), {name: [] for name in steps}
     shuffle = random.Random(0).shuffle
@@ -26,6 +32,8 @@ def in_turn(steps: Mapping[str, Callable[[], float]], rounds: int, tell: bool = 
             times[name].append(steps[name]())
         if tell:
             print(f"  round {round_} of {rounds}", file=sys.stderr)
+        if is_enough is not None and is_enough(times):
+            break
     return times
 
 

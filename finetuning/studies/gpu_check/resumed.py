@@ -1,0 +1,67 @@
+"""Whether a run that was killed and resumed ends with the bits of one left alone, and what that costs a step.
+
+    python -m finetuning.studies.gpu_check.resumed '{"device": "cuda", "flags": […], "folder": "…", "steps": 12, …}'
+
+In a process of its own, because what makes a GPU deterministic must be set before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetuning.studies.gpu_check.runs import EndsAfter, Killed, Timer, train
+
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def compare(device: str, flags: list[str], folder: str, steps: int, deterministic: bool) -> dict[str, Any]:
+    """A run, the same run again, and one that is killed after half of it and resumed.
+
+    Args:
+        flags: of train_dreambooth.py; folder: takes the runs; deterministic: by torch's deterministic algorithms.
+
+    Returns:
+        Whether bits of the adapter are the same, the largest difference if not, and seconds of a step.
+    """
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    half, timer, ends = steps // 2, Timer(torch.device(device)), {}
+    base = [*flags, f"--max_train_steps={steps}", f"--checkpointing_steps={half}", "--lr_warmup_steps=0"]
+    base.append("--validation_steps=1000")
+    for name in ("alone", "again", "killed"):
+        shutil.rmtree(Path(folder, name), ignore_errors=True)
+        given = [*base, f"--output_dir={Path(folder, name)}"]
+        if name == "killed":
+            try:
+                train("train_dreambooth", given, EndsAfter(half + 1), finishes=False)
+            except Killed:
+                given.append("--resume_from_checkpoint=latest")
+        watchers = [timer] if name == "alone" else []
+        ends[name] = train("train_dreambooth", given, *watchers, finishes=False).adapters["unet"].state()
+    return {
+        "steps": steps,
+        "seconds_a_step": statistics.median(timer.seconds[steps // 2 :]),
+        "run_again_has_the_same_bits": difference(ends["alone"], ends["again"]) == 0,
+        "resumed_has_the_same_bits": difference(ends["alone"], ends["killed"]) == 0,
+        "largest_difference_again": difference(ends["alone"], ends["again"]),
+        "largest_difference_resumed": difference(ends["alone"], ends["killed"]),
+    }
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+if __name__ == "__main__":
+    parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    print(json.dumps(compare(**json.loads(sys.argv[1]))), file=parent, flush=True)
