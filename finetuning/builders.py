@@ -22,11 +22,12 @@ from finetuning.models.schedulers import check_steps
 from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.pictures.sampler import Sampler
 from finetuning.publishing.hub import HubRepository, open_repository
-from finetuning.run.run import Run, check_writable
+from finetuning.run.run import Run
 from finetuning.run.trackers import start_trackers, tracker_names
 from finetuning.settings.adapter import AdapterSettings
 from finetuning.settings.dreambooth import DreamBoothAdapterSettings
 from finetuning.settings.fields import Config
+from finetuning.settings.folders import check_writable
 from finetuning.settings.shared import (
     SCHEDULES_WITHOUT_END,
     OptimizationSettings,

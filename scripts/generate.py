@@ -40,8 +40,9 @@ from finetuning.pictures.generation import (
 )
 from finetuning.pictures.grid import grid
 from finetuning.run.device import choose_device
-from finetuning.run.run import DTYPES, check_writable
+from finetuning.run.run import DTYPES
 from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.folders import check_writable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -18,14 +18,14 @@ OUTSIDE = {  # package: what it must not import
 # The rooms of finetuning/, top floor first: each may import from those that stand behind it, which are all below it.
 GROUND = ("errors", "run_folder", "files", "readings", "randomness", "modes", "quiet_libraries")
 ROOMS = {
-    "recipes": "dreambooth settings errors",
+    "studies": "recipes training adapters pictures run evaluation settings dataset models objective",
+    "recipes": "dreambooth settings",
     "dreambooth": "training publishing adapters pictures run evaluation settings dataset models",
     "control": "builders training publishing adapters pictures run evaluation settings dataset models",
     "builders": "training publishing adapters pictures run settings models",
     "training": "adapters pictures run settings dataset models",
     "export": "adapters",
     "publishing": "run evaluation settings",
-    "studies": "adapters run evaluation settings models objective",
     "adapters": "settings models",
     "pictures": "dataset models",
     "run": "settings",

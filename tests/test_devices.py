@@ -43,7 +43,7 @@ def test_memory_is_counted_in_the_units_of_each_system():
 
 
 def test_the_peak_is_that_of_this_process():
-    code = "import numpy as np; from finetuning.resident_memory import peak_resident_memory as peak\n"
+    code = "import numpy as np; from finetuning.run.resident_memory import peak_resident_memory as peak\n"
     code += "before = peak(); x = np.ones(2**26); print(before, peak())"  # half a GiB
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(float, done.stdout.split())

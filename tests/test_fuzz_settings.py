@@ -128,8 +128,8 @@ def test_checkpoints(seed, world, tmp_path, capsys):
     argv = flags(world / "base", world / "photos", output, *more)
     if outcome(lambda argv: made.append(DreamBooth(read_config(DreamBoothConfig, argv))), argv, output, capsys) == 0:
         (trainer,) = made
-        assert trainer.first_step == 2 if which != "latest" else trainer.first_step in (1, 2)
-        stored = load_file(output / f"checkpoint-{trainer.first_step}" / "unet" / "adapter_model.safetensors")
+        assert trainer.training.first_step == 2 if which != "latest" else trainer.training.first_step in (1, 2)
+        stored = load_file(output / f"checkpoint-{trainer.training.first_step}" / "unet" / "adapter_model.safetensors")
         loaded = trainer.adapters["unet"].state()
         assert stored.keys() == loaded.keys() and all(torch.equal(stored[n].float(), loaded[n]) for n in stored)
 

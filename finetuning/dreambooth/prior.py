@@ -10,8 +10,9 @@ from finetuning.dataset.stream import Example, ImageStream, Transform
 from finetuning.dreambooth import class_images
 from finetuning.models.fingerprint import Fingerprint
 from finetuning.pictures.sampler import Sampler
-from finetuning.run.run import Run, check_writable
+from finetuning.run.run import Run
 from finetuning.settings.dreambooth import PriorSettings
+from finetuning.settings.folders import check_writable
 
 logger = logging.getLogger(__name__)
 

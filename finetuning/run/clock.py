@@ -54,6 +54,8 @@ class Clock:
         marks, self._marks = self._marks, self._marks[-1:]
         if self.on_cuda:
             marks, self._waiting = self._waiting, marks
+            if marks:
+                marks[-1][0].synchronize()
         seconds: dict[str, float] = defaultdict(float)
         for (begun, phase), (ended, _) in itertools.pairwise(marks):
             if phase is not None:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,7 +24,8 @@ from finetuning.randomness import seed_modules
 from finetuning.readings import Reading
 from finetuning.run import environment
 from finetuning.run.allocator import keep_freed_memory
-from finetuning.run.processes import LAUNCH, check_accumulation, check_engine, check_gpus, precision, processes_asked
+from finetuning.run.joining import join_processes
+from finetuning.run.processes import precision
 from finetuning.run.resident_memory import peak_resident_memory
 from finetuning.run.trackers import TensorBoard, WandB
 from finetuning.run_folder import CONFIG, METRICS, VALIDATION
@@ -337,62 +335,6 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
-    """accelerate's view of the processes that a launcher has started: all of them, or an error.
-
-    Raises:
-        InputError: as processes.py; or the processes cannot be joined.
-    """
-    check_engine(os.environ)
-    check_accumulation(os.environ, accumulation)
-    asked = processes_asked(os.environ)
-    check_gpus(os.environ, torch.cuda.device_count())
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=accumulation,
-            mixed_precision=mixed_precision,
-            step_scheduler_with_optimizer=False,
-            cpu=asked > 1 and not torch.cuda.is_available(),  # else it would be alone: it joins CPUs only when told to
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        if "LOCAL_RANK" not in os.environ:
-            raise
-        raise InputError(
-            f"WORLD_SIZE={asked}: the processes cannot be joined ({error}); start them with {LAUNCH}, or unset "
-            "WORLD_SIZE, RANK and LOCAL_RANK to train in one"
-        ) from error
-    if accelerator.num_processes != asked:
-        raise InputError(
-            f"WORLD_SIZE={asked}: accelerate has joined {accelerator.num_processes} of {asked} processes; start them "
-            f"with {LAUNCH}"
-        )
-    return accelerator
-
-
-def forget_processes() -> None:
-    """Let the next `Run` of this process be a run of its own: accelerate keeps what it found for good."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
-
-
-def check_writable(folder: Path, flag: str) -> None:
-    """Raises InputError if a folder cannot be made or written, without making it."""
-    if os.path.isfile(folder):
-        raise InputError(f"{flag}={folder}: is a file; give a folder")
-    place = folder
-    while not os.path.exists(place) and place != place.parent:  # False, too, where one may not look
-        place = place.parent
-    if not os.path.exists(place):
-        raise InputError(f"{flag}={folder}: there is no drive {place}")
-    if not place.is_dir():
-        raise InputError(f"{flag}={folder}: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"{flag}={folder}: no permission to write in {place}")
-    if shutil.disk_usage(place).free < 2**20:
-        raise InputError(f"{flag}={folder}: the disk is full")
 
 
 def _step_of_line(line: str) -> int:

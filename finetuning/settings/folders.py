@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from finetuning.errors import InputError
 
 REMEDY = "give another folder"
 
@@ -76,3 +80,20 @@ def _standing(place: str) -> str:
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     return place
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises InputError if a folder cannot be made or written, without making it."""
+    if os.path.isfile(folder):
+        raise InputError(f"{flag}={folder}: is a file; give a folder")
+    place = folder
+    while not os.path.exists(place) and place != place.parent:  # False, too, where one may not look
+        place = place.parent
+    if not os.path.exists(place):
+        raise InputError(f"{flag}={folder}: there is no drive {place}")
+    if not place.is_dir():
+        raise InputError(f"{flag}={folder}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag}={folder}: no permission to write in {place}")
+    if shutil.disk_usage(place).free < 2**20:
+        raise InputError(f"{flag}={folder}: the disk is full")

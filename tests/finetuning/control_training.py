@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training import BOFT
 
 import train_controlnet
-from finetuning.run.run import forget_processes
+from finetuning.run.joining import forget_processes
 from finetuning.settings.fields import run_command
 
 

@@ -16,7 +16,7 @@ from conftest import START_METHOD
 from safetensors.torch import load_file
 
 import train_dreambooth
-from finetuning.run.run import forget_processes
+from finetuning.run.joining import forget_processes
 from finetuning.settings.fields import run_command
 
 BOFT = ("--use_boft", "--boft_block_size=4", "--boft_n_butterfly_factor=2")
