@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from boft.combination import add_weighted_adapter
@@ -41,6 +42,7 @@ class BOFTModel(BaseTuner):
 
     prefix = "boft_"
     tuner_layer_cls = BOFTLayer
+    _saved_modules_trained: dict | None = None  # parameter -> whether it did, while the adapters are disabled
     target_module_mapping = TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
@@ -176,6 +178,19 @@ class BOFTModel(BaseTuner):
                 layer.check_merge(safe_merge, adapter_names)
 
     # What else peft calls
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """As in peft, but modules that are saved with the adapter, too, are frozen after it if they were before."""
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        now = {p: p.requires_grad for wrapper in wrappers for p in wrapper.parameters()}
+        super()._enable_adapter_layers(enabled)
+        if not enabled:
+            self._saved_modules_trained = self._saved_modules_trained or now
+            return
+        for parameter, trained in (self._saved_modules_trained or {}).items():
+            if parameter.requires_grad and not trained and not now.get(parameter, True):
+                parameter.requires_grad_(False)
+        self._saved_modules_trained = None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float32 (or float64, where the base layer is), or with `autocast_adapter_dtype=False` as the base layer."""
