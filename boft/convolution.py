@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from boft.functional import output_size, rotated_convolution, rotated_weight
 from boft.layer import BOFTLayer, compute_dtype
 from boft.rotation import rotate_weight
+from boft.tracing import is_traced
 
 
 class Conv2d(nn.Module, BOFTLayer):
@@ -46,7 +46,7 @@ class Conv2d(nn.Module, BOFTLayer):
     def adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
         """The output with adapters that have some strength."""
         base = self.get_base_layer()
-        if not (self.trains(adapters) or torch.compiler.is_compiling()):
+        if not (self.trains(adapters) or is_traced(x, *self.parameters_of(adapters[0]))):
             return base._conv_forward(x, self.frozen_weight(adapters), base.bias)
         self.rotated_weight.forget()
         if self._prefers_patches(x, adapters):
@@ -59,21 +59,21 @@ class Conv2d(nn.Module, BOFTLayer):
         if len(adapters) > 1 or base.groups > 1 or x.ndim < 4 or base.weight.requires_grad:
             return False
         height, width = output_size(x, base)
-        return not torch.compiler.is_compiling() and x.shape[0] * height * width <= self.out_features
+        return not is_traced(x) and x.shape[0] * height * width <= self.out_features
 
     def _through_patches(self, x: Tensor, adapter: str) -> Tensor:
         base, dtype = self.get_base_layer(), compute_dtype(x)
         W, s = self._as_rows(base.weight).to(dtype), self.scales([adapter])
         bias = None if base.bias is None else base.bias.to(dtype)
-        blocks, divides = self.blocks_for(adapter, dtype), self.solved.divides
-        return rotated_convolution(x.to(dtype), blocks, W, s, bias, base, divides)
+        blocks = self.blocks_for(adapter, dtype)
+        return rotated_convolution(x.to(dtype), blocks, W, s, bias, base, self.divides())
 
     def _differentiable_weight(self, adapters: list[str]) -> Tensor:
         base = self.get_base_layer()
         W, s = self._as_rows(base.weight), self.scales(adapters)
-        if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
+        if len(adapters) == 1 and not W.requires_grad:
             blocks = self.blocks_for(adapters[0], W.dtype)
-            return self._from_rows(rotated_weight(blocks, W, s, self.solved.divides))
+            return self._from_rows(rotated_weight(blocks, W, s, self.divides()))
         for name in adapters:
             W = rotate_weight(W, self.blocks_for(name, W.dtype))
         return self._from_rows((W * s.view(-1, 1)).to(W.dtype))
