@@ -28,4 +28,4 @@ def is_traced(*tensors: torch.Tensor) -> bool:
         return True
     if _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
         return True
-    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+    return FakeTensor in map(type, tensors)
