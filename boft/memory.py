@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from boft.functional import has_saved_tensors_hooks
+from boft.tracing import is_on_host
 
 SETTINGS = threading.RLock()  # held while strengths or active adapters of all layers change, and while they are read
 LONGEST_PAST = 64  # settings that a layer remembers for backward passes that are still to come
@@ -287,11 +288,6 @@ def is_same(before: Tensor, now: Tensor) -> bool:
 def is_compatible(before: dict[str, tuple], now: dict[str, tuple]) -> bool:
     """Whether no adapter that is in both has another version now."""
     return before == now or all(now.get(name, versions) == versions for name, versions in before.items())
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    """Whether Python can ask for values without waiting for a device."""
-    return tensor.device.type == "cpu"
 
 
 def version(tensor: Tensor) -> int | None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from boft.functional import can_divide
 from boft.layer import BOFTLayer, at_least_float32, draw_kept_blocks
-from boft.memory import SETTINGS, Forgotten, Moment, Solution, is_on_host
+from boft.memory import SETTINGS, Forgotten, Moment, Solution
 from boft.rotation import dtype_of_products
 from boft.super_blocks import all_super_blocks
-from boft.tracing import is_traced
+from boft.tracing import is_on_host, is_traced
 
 
 class RotationSolver(Forgotten):

@@ -1,4 +1,5 @@
-"""Whether operations are being recorded or transformed instead of just computed.
+"""Whether values can be asked for: not while operations are recorded or transformed instead of just computed, and not
+without waiting on a GPU.
 
 While `torch.compile`, `torch.export`, `torch.jit.trace`, `make_fx`, fake tensors, the transforms of `torch.func` or
 forward-mode differentiation are at work, tensors have no values that Python could ask for, nothing may be kept from
@@ -29,3 +30,8 @@ def is_traced(*tensors: torch.Tensor) -> bool:
     if _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
         return True
     return FakeTensor in map(type, tensors)
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether Python can ask for values without waiting for a device."""
+    return tensor.device.type == "cpu"
