@@ -35,7 +35,7 @@ SMALLEST_DIVISOR = 0.25  # dividing by a smaller scale would amplify what roundi
 
 
 def can_divide(s: Tensor) -> bool:
-    """Whether no scale is near 0. Has a GPU wait for the answer."""
+    """Whether no scale is near 0. Not to be asked of a GPU, which would have to be waited for."""
     return bool((s.abs() >= SMALLEST_DIVISOR).all())
 
 

@@ -233,8 +233,8 @@ class RotatedWeight(Forgotten):
     version, and R and s hold the same values. On a CPU, R and s are compared by value: what is written through
     `.data`, as averages of weights are, leaves no trace in the version. On a GPU such a comparison would have Python
     wait for the result in every call. There, R and s must be the same tensors at the same version, which any operation
-    in place raises, an optimizer's or `load_state_dict`'s, but not one through `.data` or within
-    `torch.inference_mode`: after such a change, call `forget`. (A base weight changed through `.data`, in place, goes
+    in place raises, an optimizer's or `load_state_dict`'s, but not one through `.data`: after such a change, call
+    `forget`. (A base weight changed through `.data`, in place, goes
     unnoticed everywhere.)
     """
 
