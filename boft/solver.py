@@ -75,7 +75,7 @@ class RotationSolver(Forgotten):
         calls = [
             Call(layer, solution)
             for layer, solution in zip(layers, solutions)
-            if not (solution.disabled or layer.merged)
+            if solution.adapters and not (solution.disabled or layer.merged)
         ]
         training = [call for call in calls if call.trains]
         for call in training:
@@ -130,8 +130,7 @@ class Call:
 def verify_rotated_weights(calls: list[Call]) -> None:
     """Takes the rotated weights that are current, so that their layers need nothing else in this pass."""
     for call in calls:
-        if call.adapters:
-            call.solution.weight = call.layer.rotated_weight.current(call.layer, call.adapters)
+        call.solution.weight = call.layer.rotated_weight.current(call.layer, call.adapters)
 
 
 def look_at_scales(calls: list[Call]) -> None:
