@@ -313,7 +313,8 @@ class BOFTLayer(StrengthLayer, MergingLayer, SwitchingLayer):
 
     def unadapted(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output, in the dtype of x, in which a plain layer multiplies, too."""
-        if self.base_is_plain() and mixes_dtypes(x, weight := self.base_layer.weight):
+        weight = self._modules["base_layer"]._parameters.get("weight")
+        if weight is not None and mixes_dtypes(x, weight) and self.base_is_plain():
             return self.product_with(x, weight).to(x.dtype)
         return self.base_layer(x, *args, **kwargs).to(x.dtype)
 

@@ -209,13 +209,21 @@ def assign_data(base):
     base.weight.data = torch.randn_like(base.weight)
 
 
+def change_one_value(base):
+    with torch.no_grad():
+        base.weight.view(-1)[2] += 1
+
+
 def train(base):
     base.weight.requires_grad_(True)
     base(torch.randn(2, 32)).sum().backward()
     torch.optim.SGD([base.weight], 0.1).step()
 
 
-@pytest.mark.parametrize("change", [load_in_place, load_by_assignment, write_through_data, assign_data, train])
+CHANGES = [load_in_place, load_by_assignment, write_through_data, assign_data, change_one_value, train]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_base_weights_that_come_while_merged_are_not_thrown_away(model, change):
     model.set_adapter("one")
     model.merge_adapter()
