@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from boft.functional import rotated_weight
 from boft.memory import RotatedWeight, Solved
 from boft.merging import MergingLayer
 from boft.mixed_batch import mixed_batch
+from boft.offloading import base_is_offloaded, execution_device, is_offloaded, onloaded
 from boft.rotation import dtype_of_products, rotate_weight
 from boft.shape import resolve
 from boft.strength import StrengthLayer, StrengthTensors
@@ -102,8 +104,9 @@ class BOFTLayer(StrengthLayer, MergingLayer, SwitchingLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves the adapter to where the base weight is; unlike in peft, it stays in float32 (or higher): in half
         precision, s = 1 + 0.001 is 1 and small updates are lost."""
-        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        device = device or base_device
+        base = self.get_base_layer()
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(base)
+        device = device or (execution_device(base) if base_is_offloaded(base) else base_device)
         for parameters in (self.boft_R, self.boft_s):
             parameter = parameters[adapter_name]
             if parameter.device.type == "meta":
@@ -287,10 +290,14 @@ class BOFTLayer(StrengthLayer, MergingLayer, SwitchingLayer):
 
         `adapter_names`: the adapter of each element of the batch, see `boft.mixed_batch`.
         """
+        if is_offloaded(self) and not x.is_meta:
+            with onloaded(self):
+                return BOFTLayer.forward(self, x, *args, adapter_names=adapter_names, **kwargs)
         if adapter_names is not None:
             return mixed_batch(self, x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         solution = self.solved.find(self)
         is_disabled = self.disable_adapters if solution is None else solution.disabled
         adapters = self.applied_adapters()
@@ -357,10 +364,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def mixes_dtypes(x: Tensor, weight: Tensor) -> bool:
     """Whether a weight has to be cast to multiply x: they multiply in the dtype of x, or in that of autocast."""
-    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype != weight.dtype and not is_autocast(x.device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer multiplies: autocast's where it is enabled, else that of the input."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device) else x.dtype
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is enabled for a device. The meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

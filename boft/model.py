@@ -16,6 +16,7 @@ from boft.config import check_adapter_name
 from boft.layer import BOFTLayer
 from boft.linear import Linear, is_conv1d
 from boft.mixed_batch import adapters_of_the_batch
+from boft.offloading import base_is_offloaded
 from boft.shape import resolve
 from boft.solver import RotationSolver
 from boft.targets import (
@@ -98,6 +99,15 @@ class BOFTModel(BaseTuner):
             config.fan_in_fan_out = is_conv1d(base)
         return layer_class(target, adapter_name, config, **kwargs)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        """As in peft, but R and s do not follow the weight of an offloaded base layer to the meta device."""
+        holders = (new_module.boft_R, new_module.boft_s) if isinstance(new_module, BOFTLayer) else ()
+        placed = [dict(holder._parameters) for holder in holders]
+        super()._replace_module(parent, child_name, new_module, child)
+        if holders and base_is_offloaded(new_module.get_base_layer()):
+            for holder, parameters in zip(holders, placed):
+                holder._parameters.update(parameters)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Takes m, D and b of every layer from the checkpoint's tensors: stock peft writes the m that was asked for
@@ -142,7 +152,7 @@ class BOFTModel(BaseTuner):
             ValueError: If the weight of a layer, which is named, was changed since the merge. No layer is changed.
         """
         for name, layer in boft_layers(self.model):
-            with naming(name):
+            with naming(name), onload_layer(layer):
                 layer.check_unmerge()
         super().unmerge_adapter()
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from boft.functional import can_divide
-from boft.layer import BOFTLayer, at_least_float32, draw_kept_blocks
+from boft.layer import BOFTLayer, at_least_float32, draw_kept_blocks, is_autocast
 from boft.memory import SETTINGS, Forgotten, Moment, Solution
+from boft.offloading import is_offloaded
 from boft.rotation import dtype_of_products
 from boft.super_blocks import all_super_blocks
 from boft.tracing import is_on_host, is_traced
@@ -75,7 +76,7 @@ class RotationSolver(Forgotten):
         calls = [
             Call(layer, solution)
             for layer, solution in zip(layers, solutions)
-            if solution.adapters and not (solution.disabled or layer.merged)
+            if solution.adapters and not (solution.disabled or layer.merged or is_offloaded(layer))
         ]
         training = [call for call in calls if call.trains]
         for call in training:
@@ -93,7 +94,7 @@ class RotationSolver(Forgotten):
                 groups[R.shape[0], R.shape[-1], R.device, R.dtype].append((call, adapter, R))
         for members in groups.values():
             solved = all_super_blocks([R for _, _, R in members])
-            cast = cast_together(solved, multiplied_dtype(members[0][0].layer))
+            cast = cast_together(solved, multiplied_dtype(members[0][0].layer, members[0][2].device))
             for (call, adapter, R), part, cast_part in zip(members, solved, cast):
                 call.solution.blocks[adapter] = part
                 if call.trains and len(call.adapters) == 1:
@@ -154,11 +155,11 @@ def cast_together(blocks: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tens
     return torch.cat(tuple(blocks)).to(dtype).split([len(part) for part in blocks])
 
 
-def multiplied_dtype(layer: BOFTLayer) -> torch.dtype:
-    """The dtype in which the blocks of a layer and its neighbours can be expected to multiply, so that one cast serves
-    them all."""
+def multiplied_dtype(layer: BOFTLayer, device: torch.device) -> torch.dtype:
+    """The dtype in which the blocks of a layer and its neighbours can be expected to multiply on a device, so that one
+    cast serves them all."""
     weight = layer.get_base_layer().weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32  # integers: quantized
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
-    return dtype_of_products(dtype, weight.device)
+    if is_autocast(device):
+        dtype = torch.get_autocast_dtype(device.type)
+    return dtype_of_products(dtype, device)

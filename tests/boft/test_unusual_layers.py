@@ -16,7 +16,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from boft import BOFTConfig, BOFTLayer
+from boft import BOFTConfig, BOFTLayer, set_strength
 
 
 def on(base, b=2, m=1, targets=("layer",), **kwargs):
@@ -303,6 +303,17 @@ def test_base_weights_train_under_a_frozen_adapter(build, hooked):
     y = 2 * y + 1 if hooked else y
     for computed, true in zip(got, torch.autograd.grad(y.square().sum(), [W, bias])):
         torch.testing.assert_close(computed.double(), true, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("build", [LINEAR, CONV], ids=["linear", "convolution"])
+def test_base_weights_train_under_an_adapter_of_no_strength(build):
+    base, x = build(), torch.randn(2, 4, 7, 7) if build is CONV else torch.randn(5, 8)
+    (expected,) = torch.autograd.grad(base(x).square().sum(), base.weight)
+    model = randomize(on(base))
+    base.requires_grad_(True)
+    set_strength(model, 0)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), base.weight)
+    assert torch.equal(gradient, expected)
 
 
 # Dtypes
