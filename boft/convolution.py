@@ -41,6 +41,11 @@ class Conv2d(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> the same with the convolution's output size, in the dtype of x."""
+        solution = self.solved.find(self)
+        if not (kwargs or solution is None or solution.disabled or self.merged):
+            weight = solution.current_weight()
+            if weight is not None and not mixes_dtypes(x, weight) and self.base_is_plain():
+                return self.product_with(x, weight).to(x.dtype)
         return BOFTLayer.forward(self, x, *args, **kwargs)
 
     def differentiable(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
