@@ -54,17 +54,18 @@ def call_base_layer(
     Raises:
         TypeError: If a forward of the base layer's own does not use the weight.
     """
-    owner, name = _innermost_forward(base)
-    original = getattr(owner, name)
+    with _one_at_a_time:
+        owner, name = _innermost_forward(base)
+        original = getattr(owner, name)
 
-    def forward(x, *args, **kwargs):  # within the hooks: the weight may have been loaded, cast or computed by them
-        if standard is not None and getattr(original, "__func__", None) is standard:
-            return product(x)
-        with _replaced_weight(base, effective_weight()):
-            return original(x, *args, **kwargs)
+        def forward(x, *args, **kwargs):  # within the hooks: they may have loaded, cast or computed the weight
+            if standard is not None and getattr(original, "__func__", None) is standard:
+                return product(x)
+            with _replaced_weight(base, effective_weight()):
+                return original(x, *args, **kwargs)
 
-    with _one_at_a_time, _replaced(owner.__dict__, name, forward):
-        return base(x, *args, **kwargs)
+        with _replaced(owner.__dict__, name, forward):
+            return base(x, *args, **kwargs)
 
 
 def computes_weight(base: nn.Module) -> bool:

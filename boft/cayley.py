@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from boft.batch_last import from_batch_last, invert, to_batch_last
+from boft.tracing import is_on_host, is_traced
 
 LARGEST_FOR_LAPACK = 64  # on several threads, batches of larger matrices can keep LAPACK busy for minutes
 LARGEST_FOR_ELIMINATION = 24  # by vector operations, on a CPU; larger matrices are inverted by halves
@@ -35,7 +36,15 @@ def cayley(S: Tensor) -> Tensor:
 def factors(*parameters: Tensor) -> tuple[Tensor, ...]:
     """cayley(skew(R)) of each of the stored parameters R, (..., D, b, b), which may differ in D; differentiable, in
     few passes over memory."""
+    if is_traced(*parameters):
+        return tuple(_factor_plainly(R) for R in parameters)
     return _Factors.apply(*parameters)
+
+
+def _factor_plainly(R: Tensor) -> Tensor:
+    """The same for one R in plain differentiable operations."""
+    I = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return 2 * torch.linalg.inv_ex(I + skew(R)).inverse - I
 
 
 class _Factors(torch.autograd.Function):
@@ -84,7 +93,7 @@ def _inverse(A: Tensor) -> Tensor:
     A is never singular, so that `inv_ex` needs no check, which would synchronize with a GPU.
     """
     b, n = A.shape[-1], A.shape[:-2].numel()
-    if A.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_on_host(A):
         return torch.linalg.inv_ex(A).inverse
     return _invert_by_halves(A.reshape(n, b, b), polish=bool(A.max() > 2 * NEWTON_ABOVE)).view(A.shape)
 

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from boft.layer import BOFTLayer
+from boft.memory import SETTINGS
 
 
 def set_strength(model: nn.Module, strength: float | Sequence[float], adapter_name: str = "default") -> None:
@@ -33,16 +34,17 @@ def set_strength(model: nn.Module, strength: float | Sequence[float], adapter_na
     layers = [layer for _, layer in _layers(model) if adapter_name in layer.boft_R]
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} is on no BOFT layer of {type(model).__name__}")
-    for layer in layers:
-        if isinstance(strength, Sequence):
-            layer.checked_factor_scale(adapter_name, strength)
-        else:
-            layer.checked_scale(adapter_name, strength)
-    for layer in layers:
-        if isinstance(strength, Sequence):
-            layer.set_factor_scale(adapter_name, strength)
-        else:
-            layer.set_scale(adapter_name, strength)
+    with SETTINGS:  # a forward pass in another thread begins before or after this
+        for layer in layers:
+            if isinstance(strength, Sequence):
+                layer.checked_factor_scale(adapter_name, strength)
+            else:
+                layer.checked_scale(adapter_name, strength)
+        for layer in layers:
+            if isinstance(strength, Sequence):
+                layer.set_factor_scale(adapter_name, strength)
+            else:
+                layer.set_scale(adapter_name, strength)
 
 
 def add_weighted_adapter(

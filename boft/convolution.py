@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from boft.base_layer import has_hooks
 from boft.functional import output_size, rotated_convolution
 from boft.layer import BOFTLayer, compute_dtype, mixes_dtypes
+from boft.tracing import is_traced
 
 
 class Conv2d(nn.Module, BOFTLayer):
@@ -41,18 +41,12 @@ class Conv2d(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> the same with the convolution's output size, in the dtype of x."""
+        solution = self.solved.find(self)
+        if not (kwargs or solution is None or solution.disabled or self.merged):
+            weight = solution.current_weight()
+            if weight is not None and not mixes_dtypes(x, weight) and self.base_is_plain():
+                return self.product_with(x, weight).to(x.dtype)
         return BOFTLayer.forward(self, x, *args, **kwargs)
-
-    def adapted(self, x: Tensor, adapters: list[str], *args, **kwargs) -> Tensor:
-        """The output with adapters that have some strength."""
-        trains = self.trains(adapters)
-        if trains:
-            self.rotated_weight.forget()
-        if not self.base_is_plain():
-            return self.through_base_layer(x, adapters, *args, **kwargs)
-        if trains or torch.compiler.is_compiling():
-            return self.differentiable(x, adapters)
-        return self.product_with(x, self.weight_for(x, adapters))
 
     def differentiable(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """The output of a plain base layer, with gradients."""
@@ -86,14 +80,14 @@ class Conv2d(nn.Module, BOFTLayer):
         if len(adapters) > 1 or base.groups > 1 or x.ndim < 4 or base.weight.requires_grad:
             return False
         height, width = output_size(x, base)
-        return not torch.compiler.is_compiling() and x.shape[0] * height * width <= self.out_features
+        return not is_traced(x) and x.shape[0] * height * width <= self.out_features
 
     def _through_patches(self, x: Tensor, adapter: str) -> Tensor:
         base, dtype = self.get_base_layer(), compute_dtype(x)
         W, s = self._as_rows(base.weight).to(dtype), self.scales([adapter])
         bias = None if base.bias is None else base.bias.to(dtype)
-        blocks, divides = self.blocks_for(adapter, dtype), self.solved.divides
-        return rotated_convolution(x.to(dtype), blocks, W, s, bias, base, divides)
+        blocks = self.blocks_for(adapter, dtype)
+        return rotated_convolution(x.to(dtype), blocks, W, s, bias, base, self.divides())
 
 
 def is_standard(layer_class: type[nn.Conv2d]) -> bool:

@@ -29,12 +29,13 @@ from boft.rotation import (
     rotate_weight,
     rotate_weight_transposed,
 )
+from boft.tracing import is_traced
 
 SMALLEST_DIVISOR = 0.25  # dividing by a smaller scale would amplify what rounding has left of an output and its bias
 
 
 def can_divide(s: Tensor) -> bool:
-    """Whether no scale is near 0. Has a GPU wait for the answer."""
+    """Whether no scale is near 0. Not to be asked of a GPU, which would have to be waited for."""
     return bool((s.abs() >= SMALLEST_DIVISOR).all())
 
 
@@ -64,6 +65,8 @@ def rotated_linear(
     Returns:
         (..., o) in the dtype of x.
     """
+    if is_traced(x, blocks, s):
+        return linear_reference(x, blocks, W, s, bias)
     T = x.numel() // x.shape[-1]
     if weight_side is None:
         weight_side = prefers_weight_side(T, W.shape[0], x.requires_grad)
@@ -149,6 +152,8 @@ def output_size(x: Tensor, convolution: nn.Conv2d) -> tuple[int, int]:
 
 def rotated_weight(blocks: Tensor, W: Tensor, s: Tensor, divides: bool = False) -> Tensor:
     """diag(s) W Bᵀ, (o, d), differentiable in the super-blocks and s, o elements; W (o, d) receives no gradient."""
+    if is_traced(blocks, W, s):
+        return (rotate_weight(W, blocks) * s.view(-1, 1)).to(W.dtype)
     return _RotatedWeight.apply(blocks, W, s, divides)
 
 
@@ -165,8 +170,8 @@ def scale_output(u: Tensor, s: Tensor, bias: Tensor | None, in_place: bool = Fal
 
 
 def linear_reference(x: Tensor, blocks: Tensor, W: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as `rotated_linear` in plain differentiable operations: for `torch.compile`, which writes its own
-    backward, and for weights that train."""
+    """The same as `rotated_linear` in plain differentiable operations: where operations are recorded or transformed
+    (see `boft.tracing`), and for weights that train."""
     return scale_output(F.linear(apply_blocks(x, blocks), W, bias), s.flatten(), bias)
 
 

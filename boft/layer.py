@@ -1,16 +1,17 @@
-"""What the layers that replace a model's own share: parameters, strength, dropout. Merging is in `boft.merging`.
+"""What the layers that replace a model's own share: parameters, dropout, the call. Strengths are in `boft.strength`,
+merging is in `boft.merging`, enabling and deleting in `boft.switching`.
 
 A layer holds the parameters of its adapters and decides how to reach the output: through the base layer (disabled,
-merged, or nothing to apply), or in the `adapted` of `boft.linear` and `boft.convolution`: through a cached rotated
-weight where nothing trains, else through a differentiable product of `boft.functional`.
+merged, or nothing to apply), through a cached rotated weight where nothing trains, or in the `differentiable` of
+`boft.linear` and `boft.convolution`: through a product of `boft.functional`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
@@ -20,13 +21,16 @@ from boft.functional import rotated_weight
 from boft.memory import RotatedWeight, Solved
 from boft.merging import MergingLayer
 from boft.mixed_batch import mixed_batch
+from boft.offloading import base_is_offloaded, execution_device, is_offloaded, onloaded
 from boft.rotation import dtype_of_products, rotate_weight
 from boft.shape import resolve
+from boft.strength import StrengthLayer, StrengthTensors
 from boft.super_blocks import super_blocks
 from boft.switching import SwitchingLayer
+from boft.tracing import is_traced
 
 
-class BOFTLayer(MergingLayer, SwitchingLayer):
+class BOFTLayer(StrengthLayer, MergingLayer, SwitchingLayer):
     """What both layers share: parameters, strength, dropout, merging.
 
     Parameters of an adapter, under peft's names and in peft's shapes, at least float32:
@@ -36,7 +40,7 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
     """
 
     adapter_layer_names = ("boft_R", "boft_s")
-    other_param_names = ("boft_dropout", "scaling", "factor_scaling")
+    other_param_names = ("boft_dropout", "scaling", "factor_scaling", "strength_tensors")
 
     # Whether a layer in which nothing trains keeps its rotated weight, a second copy of the base weight, so that an
     # unmerged adapter rotates nothing from the second call on. False: rotate again in every call.
@@ -52,6 +56,7 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
         self.boft_dropout: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.factor_scaling: dict[str, tuple[float, ...] | None] = {}
+        self.strength_tensors = StrengthTensors()
         self.frozen_peft_weight_names = {}  # adapter -> names of its parameters that do not learn
         # Of peft and diffusers. No input is cast to the dtype of the weight here, so that there is nothing to disable.
         self.cast_input_dtype_enabled = True
@@ -69,6 +74,7 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
         self.boft_dropout[adapter_name] = config.boft_dropout
         self.scaling[adapter_name] = 1.0
         self.factor_scaling[adapter_name] = None
+        self.strength_tensors.write(adapter_name, 1.0, (1.0,) * m)
         if not getattr(config, "boft_train_scale", True):
             self.frozen_peft_weight_names[adapter_name] = ("boft_s",)
         self.boft_R[adapter_name] = nn.Parameter(torch.zeros(m, D, b, b))
@@ -93,12 +99,14 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
         zeros = torch.zeros(m, D, b, b, dtype=R.dtype, device=R.device)
         self.boft_R[adapter_name] = nn.Parameter(zeros, requires_grad=R.requires_grad)
         self.factor_scaling[adapter_name] = None
+        self._settings_changed(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves the adapter to where the base weight is; unlike in peft, it stays in float32 (or higher): in half
         precision, s = 1 + 0.001 is 1 and small updates are lost."""
-        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        device = device or base_device
+        base = self.get_base_layer()
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(base)
+        device = device or (execution_device(base) if base_is_offloaded(base) else base_device)
         for parameters in (self.boft_R, self.boft_s):
             parameter = parameters[adapter_name]
             if parameter.device.type == "meta":
@@ -118,66 +126,6 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
             if parameter.dtype != dtype:
                 cast = parameter.detach().to(dtype)
                 parameters[adapter_name] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
-
-    # Strength
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Strength α along the rotation: S → α S, s → 1 + α (s - 1). Orthogonal for every α; 0 is the base model.
-
-        Raises:
-            ValueError: If the adapter is merged, or if the strength is not finite.
-        """
-        if adapter in self.scaling:
-            self.scaling[adapter] = self.checked_scale(adapter, scale)
-
-    def checked_scale(self, adapter: str, scale: float) -> float:
-        """The strength as `set_scale` stores it; raises what it would raise."""
-        self._refuse_while_merged(adapter, "set_scale")
-        return finite_strength(adapter, scale)
-
-    def set_factor_scale(self, adapter: str, scales: Sequence[float] | None) -> None:
-        """Strength of each factor, B_0 first, on top of the adapter's own; None resets them.
-
-        Zeros remove factors one by one, the paper's weight interpolation (Figure 10). s is left alone.
-
-        Raises:
-            ValueError: If the number of values is not m, or if one is not finite.
-        """
-        if adapter in self.boft_R:
-            self.factor_scaling[adapter] = self.checked_factor_scale(adapter, scales)
-
-    def checked_factor_scale(self, adapter: str, scales: Sequence[float] | None) -> tuple[float, ...] | None:
-        """The strengths as `set_factor_scale` stores them; raises what it would raise."""
-        self._refuse_while_merged(adapter, "set_factor_scale")
-        m = self.boft_R[adapter].shape[0]
-        if scales is not None and len(scales) != m:
-            raise ValueError(
-                f"factor strengths {list(scales)}: adapter {adapter!r} has m={m} factors, give {m} values"
-            )
-        return None if scales is None else tuple(finite_strength(adapter, scale) for scale in scales)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the strength of the active adapters."""
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.set_scale(adapter, self.scaling[adapter] * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the strength of the active adapters; None resets it to 1."""
-        if scale == 0:
-            raise ValueError("unscale_layer(0) would divide by zero: call unscale_layer() to reset the strength to 1")
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.set_scale(adapter, 1.0 if scale is None else self.scaling[adapter] / scale)
-
-    def _refuse_while_merged(self, adapter: str, what: str) -> None:
-        if adapter in self.merged_adapters:
-            raise ValueError(f"{what}: adapter {adapter!r} is merged; call unmerge_adapter() first")
-
-    def strengths(self, adapter: str) -> tuple[float, ...]:
-        """Strength of each of the m factors, the adapter's own included."""
-        factors = self.factor_scaling[adapter] or (1.0,) * self.boft_R[adapter].shape[0]
-        return tuple(self.scaling[adapter] * factor for factor in factors)
 
     def combine(self, adapters: Sequence[str], weights: Sequence[float], into: str) -> None:
         """Writes a weighted combination into another adapter of this layer: S = Σ wᵢ Sᵢ for every factor, which is
@@ -201,6 +149,11 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
 
     def applied_adapters(self) -> list[str]:
         """The active adapters that this layer has and that have any strength."""
+        if torch.compiler.is_compiling():  # whatever the strength: another one is to need no other graph
+            return [name for name in self.active_adapters if name in self.boft_R]
+        solution = self.solved.find(self)
+        if solution is not None:
+            return solution.adapters
         return [name for name in self.active_adapters if self.scaling.get(name)]
 
     def trains(self, adapters: Sequence[str]) -> bool:
@@ -211,16 +164,22 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
             return False
         if any(parameter.requires_grad for name in adapters for parameter in self.parameters_of(name)):
             return True
-        return self.get_base_layer().weight.requires_grad
+        weight = getattr(self.get_base_layer(), "weight", None)  # some quantized layers have it under other names
+        return weight is not None and weight.requires_grad
 
     def drops(self, adapter: str) -> bool:
         """Whether multiplicative dropout is at work."""
+        solution = self.solved.find(self)
+        if solution is not None and adapter in solution.kept:
+            return True
         return self.training and self.boft_dropout[adapter] > 0
 
     def scaled_parameters(self, adapter: str) -> Tensor:
         """R with the strengths in it, (m, D, b, b), at least float32."""
         R = at_least_float32(self.parameters_of(adapter)[0])
-        if self.scaling[adapter] == 1 and self.factor_scaling[adapter] is None:
+        if torch.compiler.is_compiling():
+            return R * self.strength_tensors.of_factors(adapter, R)
+        if self.strength(adapter) == (1, None):
             return R
         strengths = self.strengths(adapter)
         if len(set(strengths)) > 1:
@@ -232,30 +191,48 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
         R = self.scaled_parameters(adapter)
         if not self.drops(adapter):
             return R
-        kept = self.solved.kept(adapter)
+        solution = self.solved.find(self)
+        kept = None if solution is None else solution.kept.get(adapter)
         kept = draw_kept_blocks(R, self.boft_dropout[adapter]) if kept is None else kept
         return torch.where(kept, R, 0)
 
     def super_blocks(self, adapter: str) -> Tensor:
         """The super-blocks of B, (d / K, K, K): those that the model's hook has solved, or solved here."""
-        blocks = self.solved.blocks(adapter)
-        return super_blocks(self.solvable(adapter)) if blocks is None else blocks
+        solution = self.solved.find(self)
+        is_shared = solution is not None and solution.is_shared()
+        if is_shared and adapter in solution.blocks:
+            return solution.blocks[adapter]
+        if not is_shared or solution.is_running():
+            return super_blocks(self.solvable(adapter))
+        # Of a past forward pass, in which they were no part of the segment that is computed again:
+        with torch.no_grad():
+            blocks = super_blocks(self.solvable(adapter))
+        return blocks.requires_grad_(self.parameters_of(adapter)[0].requires_grad)
 
     def blocks_for(self, adapter: str, dtype: torch.dtype) -> Tensor:
         """The super-blocks, in the dtype that multiplies tensors of this dtype."""
         blocks = self.super_blocks(adapter)
         return blocks.to(dtype_of_products(dtype, blocks.device))
 
-    def prepare_product(self, blocks: Tensor, s: Tensor, R: Tensor) -> None:
+    def divides(self) -> bool:
+        """Whether it is known that no scale is near 0."""
+        solution = self.solved.find(self)
+        return solution is not None and solution.divides
+
+    def product(self, blocks: Tensor, s: Tensor, R: Tensor) -> tuple | None:
         """Looks up once what every call in a forward pass needs. Called by the model's hook, with the super-blocks of
         the one adapter that is applied, in the dtype of the product, its scales, and what the blocks are made of."""
+        return None
 
     def scales(self, adapters: Sequence[str]) -> Tensor:
         """Product of the adapters' scales with their strengths, o elements in the shape of `scale_shape`."""
         result = None
         for name in adapters:
-            s, alpha = at_least_float32(self.parameters_of(name)[1]), self.scaling[name]
-            s = s if alpha == 1 else 1 + alpha * (s - 1)
+            s = at_least_float32(self.parameters_of(name)[1])
+            if torch.compiler.is_compiling():
+                s = torch.lerp(torch.ones_like(s), s, self.strength_tensors.of_scales(name, s))
+            elif (alpha := self.strength(name)[0]) != 1:
+                s = 1 + alpha * (s - 1)
             result = s if result is None else result * s
         return result
 
@@ -277,8 +254,9 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
 
     def frozen_weight(self, adapters: Sequence[str]) -> Tensor:
         """The effective weight, kept from call to call while nothing that it was made of changes."""
-        if self.rotated_weight.is_current(self, adapters):
-            return self.rotated_weight.weight
+        weight = self.rotated_weight.current(self, adapters)
+        if weight is not None:
+            return weight
         # A tensor made in inference mode could not be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             weight = self.effective_weight(adapters)
@@ -298,9 +276,9 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
         """The effective weight, with gradients of the adapters and of the base weight, as far as they train."""
         W, s = self._as_rows(self.get_base_layer().weight), self.scales(adapters)
         W = W if dtype is None else W.to(dtype)
-        if len(adapters) == 1 and not W.requires_grad and not torch.compiler.is_compiling():
+        if len(adapters) == 1 and not W.requires_grad:
             blocks = self.blocks_for(adapters[0], W.dtype)
-            return self._from_rows(rotated_weight(blocks, W, s, self.solved.divides))
+            return self._from_rows(rotated_weight(blocks, W, s, self.divides()))
         for name in adapters:
             W = rotate_weight(W, self.blocks_for(name, W.dtype))
         return self._from_rows((W * s.view(-1, 1)).to(W.dtype))
@@ -312,19 +290,38 @@ class BOFTLayer(MergingLayer, SwitchingLayer):
 
         `adapter_names`: the adapter of each element of the batch, see `boft.mixed_batch`.
         """
+        if is_offloaded(self) and not x.is_meta:
+            with onloaded(self):
+                return BOFTLayer.forward(self, x, *args, adapter_names=adapter_names, **kwargs)
         if adapter_names is not None:
             return mixed_batch(self, x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
+        solution = self.solved.find(self)
+        is_disabled = self.disable_adapters if solution is None else solution.disabled
         adapters = self.applied_adapters()
-        if self.disable_adapters or self.merged or not adapters:
+        if is_disabled or self.merged or not adapters:
             return self.unadapted(x, *args, **kwargs)
-        self.solved.check_grad_mode()
+        if solution is not None:
+            solution.note_gradient_mode()
         return self.adapted(x, adapters, *args, **kwargs).to(x.dtype)
+
+    def adapted(self, x: Tensor, adapters: Sequence[str], *args, **kwargs) -> Tensor:
+        """The output with adapters that have some strength."""
+        trains = self.trains(adapters)
+        if trains:
+            self.rotated_weight.forget()
+        if not self.base_is_plain():
+            return self.through_base_layer(x, adapters, *args, **kwargs)
+        if trains or is_traced(x, *self.parameters_of(adapters[0])):
+            return self.differentiable(x, adapters)
+        return self.product_with(x, self.weight_for(x, adapters))
 
     def unadapted(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output, in the dtype of x, in which a plain layer multiplies, too."""
-        if self.base_is_plain() and mixes_dtypes(x, weight := self.base_layer.weight):
+        weight = self._modules["base_layer"]._parameters.get("weight")
+        if weight is not None and mixes_dtypes(x, weight) and self.base_is_plain():
             return self.product_with(x, weight).to(x.dtype)
         return self.base_layer(x, *args, **kwargs).to(x.dtype)
 
@@ -365,19 +362,16 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def finite_strength(adapter: str, strength: float) -> float:
-    """A strength as a float. Raises ValueError if it is not finite."""
-    if not math.isfinite(strength):
-        raise ValueError(f"strength {strength} of adapter {adapter!r} must be a finite number")
-    return float(strength)
-
-
 def mixes_dtypes(x: Tensor, weight: Tensor) -> bool:
     """Whether a weight has to be cast to multiply x: they multiply in the dtype of x, or in that of autocast."""
-    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype != weight.dtype and not is_autocast(x.device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer multiplies: autocast's where it is enabled, else that of the input."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device) else x.dtype
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is enabled for a device. The meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

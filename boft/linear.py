@@ -40,32 +40,20 @@ class Linear(nn.Module, BOFTLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., d) -> (..., o), in the dtype of x."""
-        if kwargs or self.disable_adapters or self.merged:  # perhaps since the hook ran
+        solution = self.solved.find(self)
+        if kwargs or solution is None or solution.disabled or self.merged:  # merged perhaps since the hook ran
             return BOFTLayer.forward(self, x, *args, **kwargs)
-        if self.rotated_weight.serves() and self.base_is_plain():
-            if not mixes_dtypes(x, weight := self.rotated_weight.weight):
-                return self.product_with(x, weight).to(x.dtype)
-            return BOFTLayer.forward(self, x, *args, **kwargs)
-        self.solved.check_grad_mode()
-        product, dtype = self.solved.product(), compute_dtype(x)
+        weight, dtype = solution.current_weight(), compute_dtype(x)
+        if weight is not None and not mixes_dtypes(x, weight) and self.base_is_plain():
+            return self.product_with(x, weight).to(x.dtype)
+        product = solution.product if solution.is_shared() else None
         if product is not None and product[0].dtype == dtype_of_products(dtype, x.device):
             # What the rest would come to, looked up by the hook:
             blocks, W, s, bias, R = product
             bias = None if bias is None else bias.to(dtype)
-            y = rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias, divides=self.solved.divides, R=R)
+            y = rotated_linear(x.to(dtype), blocks, W.to(dtype), s, bias, divides=solution.divides, R=R)
             return y.to(x.dtype)
         return BOFTLayer.forward(self, x, *args, **kwargs)
-
-    def adapted(self, x: Tensor, adapters: list[str], *args, **kwargs) -> Tensor:
-        """The output with adapters that have some strength."""
-        trains = self.trains(adapters)
-        if trains:
-            self.rotated_weight.forget()
-        if not self.base_is_plain():
-            return self.through_base_layer(x, adapters, *args, **kwargs)
-        if trains or torch.compiler.is_compiling():
-            return self.differentiable(x, adapters)
-        return self.product_with(x, self.weight_for(x, adapters))
 
     def differentiable(self, x: Tensor, adapters: list[str]) -> Tensor:
         """The output of a plain base layer, with gradients."""
@@ -76,14 +64,15 @@ class Linear(nn.Module, BOFTLayer):
         for name in reversed(adapters[1:]):  # y = x B(a2) B(a1): the last one first
             x = apply_blocks(x, self.blocks_for(name, dtype))
         blocks, s = self.blocks_for(adapters[0], dtype), self.scales(adapters)
-        if W.requires_grad or torch.compiler.is_compiling():
+        if W.requires_grad:
             return linear_reference(x, blocks, W, s, bias)
-        return rotated_linear(x, blocks, W, s, bias, divides=self.solved.divides)
+        return rotated_linear(x, blocks, W, s, bias, divides=self.divides())
 
-    def prepare_product(self, blocks: Tensor, s: Tensor, R: Tensor) -> None:
+    def product(self, blocks: Tensor, s: Tensor, R: Tensor) -> tuple | None:
         base = self.base_layer
-        if self.base_is_plain() and not (W := base.weight).requires_grad:
-            self.solved.put_product(blocks, self._as_rows(W), s, base.bias, R if R.shape[0] == 1 else None)
+        if not self.base_is_plain() or (W := base.weight).requires_grad:
+            return None
+        return blocks, self._as_rows(W), s, base.bias, R if R.shape[0] == 1 else None
 
     def through_base_layer(self, x: Tensor, adapters: list[str], *args, **kwargs) -> Tensor:
         if self.quantization_backend is None and not isinstance(self.base_layer, BaseTunerLayer):

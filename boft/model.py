@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from boft.combination import add_weighted_adapter
@@ -15,6 +16,7 @@ from boft.config import check_adapter_name
 from boft.layer import BOFTLayer
 from boft.linear import Linear, is_conv1d
 from boft.mixed_batch import adapters_of_the_batch
+from boft.offloading import base_is_offloaded
 from boft.shape import resolve
 from boft.solver import RotationSolver
 from boft.targets import (
@@ -41,6 +43,7 @@ class BOFTModel(BaseTuner):
 
     prefix = "boft_"
     tuner_layer_cls = BOFTLayer
+    _saved_modules_trained: dict | None = None  # parameter -> whether it did, while the adapters are disabled
     target_module_mapping = TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
@@ -96,6 +99,15 @@ class BOFTModel(BaseTuner):
             config.fan_in_fan_out = is_conv1d(base)
         return layer_class(target, adapter_name, config, **kwargs)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        """As in peft, but R and s do not follow the weight of an offloaded base layer to the meta device."""
+        holders = (new_module.boft_R, new_module.boft_s) if isinstance(new_module, BOFTLayer) else ()
+        placed = [dict(holder._parameters) for holder in holders]
+        super()._replace_module(parent, child_name, new_module, child)
+        if holders and base_is_offloaded(new_module.get_base_layer()):
+            for holder, parameters in zip(holders, placed):
+                holder._parameters.update(parameters)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Takes m, D and b of every layer from the checkpoint's tensors: stock peft writes the m that was asked for
@@ -140,7 +152,7 @@ class BOFTModel(BaseTuner):
             ValueError: If the weight of a layer, which is named, was changed since the merge. No layer is changed.
         """
         for name, layer in boft_layers(self.model):
-            with naming(name):
+            with naming(name), onload_layer(layer):
                 layer.check_unmerge()
         super().unmerge_adapter()
 
@@ -176,6 +188,19 @@ class BOFTModel(BaseTuner):
                 layer.check_merge(safe_merge, adapter_names)
 
     # What else peft calls
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """As in peft, but modules that are saved with the adapter, too, are frozen after it if they were before."""
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        now = {p: p.requires_grad for wrapper in wrappers for p in wrapper.parameters()}
+        super()._enable_adapter_layers(enabled)
+        if not enabled:
+            self._saved_modules_trained = self._saved_modules_trained or now
+            return
+        for parameter, trained in (self._saved_modules_trained or {}).items():
+            if parameter.requires_grad and not trained and not now.get(parameter, True):
+                parameter.requires_grad_(False)
+        self._saved_modules_trained = None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float32 (or float64, where the base layer is), or with `autocast_adapter_dtype=False` as the base layer."""

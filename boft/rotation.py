@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from boft.tracing import is_traced
+
 
 # One block butterfly component (BOFT, Section 4), without a permutation matrix.
 def apply_factor(x: Tensor, Q: Tensor, i: int) -> Tensor:
@@ -57,9 +59,19 @@ def compose(Q: Tensor) -> Tensor:
         Super-blocks, (D / 2^(m-1), K, K), K = b · 2^(m-1).
     """
     C, *others = Q.unbind()  # (D, b, b) each; unlike Q[0], its gradient is not first a Q of zeros
+    join = _join_plainly if is_traced(Q) else _Join.apply
     for i, factor in enumerate(others, start=1):
-        C = _Join.apply(C, factor, i)
+        C = join(C, factor, i)
     return C
+
+
+def _join_plainly(C: Tensor, Q: Tensor, i: int) -> Tensor:
+    """One step of the composition, see `_Join`, in plain differentiable operations."""
+    (D, b, _), s, k = Q.shape, 2**i, C.shape[-1]
+    rows = C.reshape(D // s, 2, s, b // 2, k).transpose(1, 2).reshape(D, 2, b // 2, k)  # (g q) h' t' c
+    product = Q.unflatten(-1, (2, b // 2)).transpose(1, 2) @ rows  # (g q) h' (h t) c
+    joined = product.reshape(D // s, s, 2, 2, b // 2, k).permute(0, 3, 1, 4, 2, 5)  # g h q t h' c
+    return joined.reshape(D // s, 2 * k, 2 * k)
 
 
 class _Join(torch.autograd.Function):

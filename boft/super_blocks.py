@@ -14,6 +14,7 @@ from torch import Tensor
 from boft.batch_last import accumulate, diagonal, from_batch_last, invert, product, to_batch_last
 from boft.cayley import NEWTON_ABOVE, factors
 from boft.rotation import compose
+from boft.tracing import is_on_host, is_traced
 
 LARGEST_BLOCK = 12  # larger ones are work enough for a BLAS call each
 SMALLEST_BATCH = 128  # fewer groups are less work than calling an operation for each step
@@ -37,7 +38,7 @@ def all_super_blocks(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`super_blocks` of several layers, which may differ in D, in a few operations for all of them."""
     m, _, b, _ = parameters[0].shape
     D = [R.shape[1] for R in parameters]
-    on_cpu = parameters[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    on_cpu = is_on_host(parameters[0]) and not is_traced(*parameters)
     is_small = b <= LARGEST_BLOCK and sum(D) >> (m - 1) >= SMALLEST_BATCH
     if on_cpu and m == 1 and b > LARGEST_TOGETHER:
         return factors(*(R.view(R.shape[1:]) for R in parameters))

@@ -1,4 +1,5 @@
-"""Enabling, disabling and deleting the adapters of a layer, and which of their parameters train."""
+"""Activating, enabling, disabling and deleting the adapters of a layer, even in a forward pass, and which of their
+parameters train."""
 
 from __future__ import annotations
 
@@ -28,11 +29,13 @@ class SwitchingLayer(BaseTunerLayer):
             for key, parameter in self._named_adapter_parameters():
                 parameter.requires_grad_((self.trained_before or {}).get(key, parameter.requires_grad))
             self.trained_before, self._disable_adapters = None, False
+        self.solved.change(self)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, which train unless `inference_mode` is True."""
+        """Makes adapters the active ones, in this order, which train unless `inference_mode` is True."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.trained_before = None
+        self.solved.change(self)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Has adapters train, or not."""
@@ -53,4 +56,4 @@ class SwitchingLayer(BaseTunerLayer):
         """Deletes an adapter, and the rotated weight that was made with it."""
         super().delete_adapter(adapter_name)
         self.rotated_weight.forget()
-        self.solved.forget()
+        self.solved.change(self)

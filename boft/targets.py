@@ -13,6 +13,7 @@ from boft.base_layer import can_replace_weight
 from boft.convolution import Conv2d, is_standard
 from boft.layer import BOFTLayer
 from boft.linear import Linear, is_conv1d
+from boft.offloading import is_offloaded
 from boft.shape import resolve
 
 SUPPORTED = "torch.nn.Linear, torch.nn.Conv2d, transformers' Conv1D and quantized linear layers"
@@ -41,7 +42,7 @@ def check_targets(model: nn.Module, names: Sequence[str], config, shapes: bool =
         TypeError: That names every module that cannot be adapted.
         ValueError: That names every module which the blocks do not fit.
     """
-    types, reasons, misfits = [], [], {}
+    types, reasons, misfits = [], {}, {}
     for name in names:
         if any(isinstance(m, BaseTunerLayer) for m in _ancestors(model, name)):
             continue
@@ -53,7 +54,7 @@ def check_targets(model: nn.Module, names: Sequence[str], config, shapes: bool =
             continue
         reason = _obstacle(model, name, module, base)
         if reason:
-            reasons.append(f"{name}: {reason}")
+            reasons.setdefault(reason, []).append(name)
             continue
         try:
             if shapes:
@@ -64,7 +65,8 @@ def check_targets(model: nn.Module, names: Sequence[str], config, shapes: bool =
     if types:
         raise TypeError(f"BOFT does not support these targets: {', '.join(types)}. Supported are {SUPPORTED}.")
     if reasons:
-        raise TypeError(f"BOFT does not support these targets. {'. '.join(reasons)}.")
+        faults = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        raise TypeError(f"BOFT does not support these targets. {'. '.join(faults)}.")
     if misfits:
         faults = [f"{_some(names)}: {fault}" for fault, names in misfits.items()]
         raise ValueError("BOFT blocks do not fit these modules. " + ". ".join(faults) + ".")
@@ -82,6 +84,11 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, base: nn.Module) -
         return (
             "torch.nn.MultiheadAttention multiplies with the weight of this layer itself and never calls it, so that "
             "an adapter has no effect; leave it out, or use an attention with linear layers of its own"
+        )
+    if isinstance(module, BOFTLayer) and is_offloaded(module):
+        return (
+            "the adapters of the layer are offloaded by accelerate, so that none can be added; call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, and offload the model again after it"
         )
     if is_convolution and isinstance(module, BaseTunerLayer) and not isinstance(module, BOFTLayer):
         return (

@@ -1,8 +1,7 @@
-"""Ways to run a model: checkpointing, compilation, several forwards, layers alone, cached inference, DDP."""
+"""Ways to run a model: checkpointing, several forwards, layers alone, cached inference, DDP."""
 
 import copy
 import pickle
-import shutil
 import weakref
 
 import pytest
@@ -70,17 +69,25 @@ def test_gradients_of_scales_of_any_size(scale):
 
 
 def test_checkpointing_keeps_no_output():
-    layer = adapted().base_model.model.first
-    layer.solved.divides = True
+    model = adapted()
+    layer = model.base_model.model.first
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.clamp_(min=0.5 if "boft_s" in name else None, max=1e9)
+    model(X)
+    assert layer.solved.divides  # so that the output would serve for the gradient of s
     alive = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: alive.append(tensor.shape), lambda _: None)
-    x = X.clone().requires_grad_()
+    outputs = []
+    handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     with hooks:
-        y = layer(x)
+        model(X)
+    handle.remove()
+    (y,) = outputs
     storage = weakref.ref(y.untyped_storage())
     assert y.shape in alive  # went through the hooks
     grad_fn = y.grad_fn
-    del y
+    y = outputs.clear()
     assert storage() is None and grad_fn is not None
 
 
@@ -315,27 +322,7 @@ def test_the_rotated_weight_is_made_again_after_any_change(cached, change):
         torch.testing.assert_close(layer(X), copy.deepcopy(layer)(X))
 
 
-# Compilation and DDP
-
-
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="inductor's code for a CPU wants a C++ compiler"
-)
-
-
-@pytest.mark.parametrize(
-    ("dropout", "backend"),  # aot_eager: all of compilation but the code generator
-    [(0.0, "aot_eager"), (0.4, "aot_eager"), pytest.param(0.0, "inductor", marks=[needs_compiler, pytest.mark.slow])],
-)
-def test_compiled_model_has_the_values_and_gradients(dropout, backend):
-    model = adapted(boft_dropout=dropout).eval()
-    y, true = model(X), gradients(model, model(X).square().sum())
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend=backend)
-    torch.testing.assert_close(compiled(X), y)
-    assert_same(gradients(model, compiled(X).square().sum()), true)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(X), y)
+# DDP
 
 
 def train(model, losses):
