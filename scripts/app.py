@@ -35,7 +35,8 @@ from finetuning.errors import InputError
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.run.device import choose_device
 from finetuning.run_folder import CONFIG
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, setting
+from finetuning.settings.reading import read_config, run_command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

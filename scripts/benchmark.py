@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetuning.errors import InputError
 from finetuning.run.allocator import keep_freed_memory
 from finetuning.run.resident_memory import peak_resident_memory
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.studies.throughput.candidates import REFERENCE, ours
 from finetuning.studies.throughput.neighbours import frozen, lora, lycoris_boft, oft, stock_boft
 from finetuning.studies.throughput.table import machine, plot, print_rotation_table, print_table

@@ -38,7 +38,7 @@ from finetuning.files import save_picture
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.pictures.grid import grid as draw_grid
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.settings.shared import EMBEDDED_BASE
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save, write_page

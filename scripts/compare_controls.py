@@ -35,7 +35,7 @@ from finetuning.control.scoring import (
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import markdown, write, write_table
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.studies.comparison.answers import control_table, progress
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save

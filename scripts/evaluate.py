@@ -48,7 +48,7 @@ from finetuning.pictures.gallery import read_gallery, weights_of
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.run.device import choose_device
 from finetuning.run_folder import COMPARISON
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
 from toyworld.measure import generate

@@ -24,8 +24,9 @@ from finetuning.adapters.choice import AdapterChoice, load_chosen
 from finetuning.adapters.pipelines import mix_adapters
 from finetuning.errors import InputError
 from finetuning.export.formats import DTYPES, Truncation, how_to_load, save_for_peft, save_lora, save_single_file
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, setting
 from finetuning.settings.folders import check_writable
+from finetuning.settings.reading import read_config, run_command
 
 FORMATS = ("single-file", "lora", "peft")
 

@@ -1,5 +1,4 @@
 #!/usr/bin/env python
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """Draw pictures with trained adapters.
 
     python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug in the snow" --base
@@ -41,8 +40,9 @@ from finetuning.pictures.generation import (
 from finetuning.pictures.grid import grid
 from finetuning.run.device import choose_device
 from finetuning.run.run import DTYPES
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, setting
 from finetuning.settings.folders import check_writable
+from finetuning.settings.reading import read_config, run_command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

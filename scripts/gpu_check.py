@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 try:
     from finetuning.errors import InputError
-    from finetuning.settings.fields import run_command
+    from finetuning.settings.reading import run_command
     from finetuning.studies.gpu_check import found
     from finetuning.studies.gpu_check.summary import write_summary
     from finetuning.studies.gpu_check.supervisor import STAGES, supervise

@@ -28,7 +28,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from finetuning.errors import InputError  # noqa: E402
 from finetuning.run_folder import STATE  # noqa: E402
-from finetuning.settings.fields import run_command  # noqa: E402
+from finetuning.settings.reading import run_command  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetuning.adapters.choice import AdapterChoice, load_chosen
 from finetuning.errors import InputError
 from finetuning.export.formats import DTYPES, save_pipeline
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, setting
 from finetuning.settings.folders import check_writable
+from finetuning.settings.reading import read_config, run_command
 
 
 @dataclass

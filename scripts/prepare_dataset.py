@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.dreambooth.subjects import dreambooth_subject, embedded_subject
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:

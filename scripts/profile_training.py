@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that processor time is time
 
 from finetuning.run.clock import PHASES, Clock  # noqa: E402
 from finetuning.settings.dreambooth import DreamBoothConfig  # noqa: E402
-from finetuning.settings.fields import read_config, run_command  # noqa: E402
+from finetuning.settings.reading import read_config, run_command  # noqa: E402
 from train_dreambooth import DreamBooth  # noqa: E402
 
 MUG = [

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetuning.errors import InputError
 from finetuning.publishing.hub import open_repository, shared_files
 from finetuning.run_folder import CARD
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, setting
+from finetuning.settings.reading import read_config, run_command
 
 
 @dataclass

@@ -32,7 +32,7 @@ from finetuning.recipes import (  # noqa: E402
 )
 from finetuning.settings.control import ControlNetConfig  # noqa: E402
 from finetuning.settings.dreambooth import DreamBoothConfig  # noqa: E402
-from finetuning.settings.fields import run_command  # noqa: E402
+from finetuning.settings.reading import run_command  # noqa: E402
 from finetuning.settings.secrets import hand_over  # noqa: E402
 
 ONLY_TRAIN = "--only_train"

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.publishing.report import write_report
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import Row, markdown, write
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.studies.comparison import answers, page, plots
 from finetuning.studies.comparison.results import choose_table, criterion, ends, summary, where, with_intervals
 

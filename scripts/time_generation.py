@@ -27,7 +27,8 @@ from finetuning.adapters.pipelines import merge_adapter, unload_adapter
 from finetuning.evaluation.score_table import markdown
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.run.device import choose_device
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, setting
+from finetuning.settings.reading import read_config, run_command
 
 
 @dataclass

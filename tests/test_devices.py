@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from finetuning.errors import InputError
 from finetuning.run.device import choose_device
 from finetuning.run.resident_memory import gib_of, peak_resident_memory
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from scripts import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -38,7 +38,7 @@ from finetuning.evaluation.scores import (
     score_pictures,
     text_scores,
 )
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

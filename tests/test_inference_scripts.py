@@ -12,7 +12,7 @@ from test_inference import MAKERS, write_run
 
 from finetuning.adapters.adapter import ADAPTER_WEIGHTS
 from finetuning.pictures.generation import read_parameters
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from scripts import export, generate, merge, time_generation
 
 

@@ -21,7 +21,7 @@ from finetuning.errors import InputError
 from finetuning.settings import secrets as secret_flags
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 from scripts.push import PushConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """The flags by which scripts are told which adapters to load on which base, and the pipeline that they ask for."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """The settings of what is trained: BOFT, LoRA, or the whole model."""
 
 from __future__ import annotations
@@ -15,12 +14,19 @@ BLOCK_SIZE = 8  # features in a block of BOFT, unless size or number is given
 class AdapterSettings(Group):
     """What is trained: BOFT, LoRA, or without either the whole model"""
 
-    use_boft: bool = setting(False, "Orthogonal butterfly fine-tuning.")
+    use_boft: bool = setting(False, "Orthogonal butterfly fine-tuning.", common=True)
     boft_block_size: int | None = setting(
-        None, "Features in a block, b. None or 0 = by --boft_block_num, and 8 if that is not given either.", minimum=0
+        None,
+        "Features in a block, b. None or 0 = by --boft_block_num, and 8 if that is not given either.",
+        minimum=0,
+        common=True,
     )
-    boft_block_num: int | None = setting(None, "Blocks a layer. None or 0 = by --boft_block_size.", minimum=0)
-    boft_n_butterfly_factor: int = setting(1, "Butterfly factors, m. 1 = a block-diagonal rotation.", minimum=1)
+    boft_block_num: int | None = setting(
+        None, "Blocks a layer. None or 0 = by --boft_block_size.", minimum=0, common=True
+    )
+    boft_n_butterfly_factor: int = setting(
+        1, "Butterfly factors, m. 1 = a block-diagonal rotation.", minimum=1, common=True
+    )
     boft_dropout: float = setting(0.0, "Probability that a block's rotation is dropped.", minimum=0, maximum=0.99)
     boft_bias: str = setting("none", "Biases that are trained too.", choices=("none", "all", "boft_only"))
     boft_scale_learning_rate: float | None = setting(
@@ -31,8 +37,8 @@ class AdapterSettings(Group):
         "Layers of the UNet: a preset (attention, attention+feed-forward, transformer = also the projections "
         "around it, all = also the convolutions of the residual blocks) or endings of module names.",
     )
-    use_lora: bool = setting(False, "Low-rank adaptation (peft).")
-    rank: int = setting(8, "Rank of LoRA.", minimum=1)
+    use_lora: bool = setting(False, "Low-rank adaptation (peft).", common=True)
+    rank: int = setting(8, "Rank of LoRA.", minimum=1, common=True)
     lora_alpha: float | None = setting(None, "LoRA's alpha. None = the rank.", above=0)
     lora_dropout: float = setting(0.0, "Dropout before LoRA's first matrix.", minimum=0, maximum=0.99)
     lora_target_modules: list[str] = setting(["attention"], "As --boft_target_modules, for LoRA.")

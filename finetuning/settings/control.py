@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """The settings that train_controlnet.py has and train_dreambooth.py has not, or has with another meaning.
 
 Names and meanings are those of diffusers' scripts where it has them.
@@ -38,6 +37,7 @@ class ControlSettings(Group):
         "light = a hint encoder of eight convolutions; full = a ControlNet, a copy of the UNet's encoder. "
         "None = light with --use_boft or --use_lora, else full.",
         choices=("light", "full"),
+        common=True,
     )
     controlnet_model_name_or_path: str | None = setting(
         None, "A ControlNet to go on from, for full. None = one made from the UNet.", folder="perhaps"
@@ -62,16 +62,22 @@ class ControlDataSettings(DataSettings):
     """Images and controls"""
 
     dataset_name: str | None = setting(
-        None, "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end."
+        None,
+        "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end.",
+        common=True,
     )
     dataset_config_name: str | None = setting(None, "Configuration of the data set. None = its only one.")
     train_data_dir: str | None = setting(
         None,
         "Folder of images with metadata.jsonl (file_name, text, conditioning_image), or captions in name.txt.",
         folder="always",
+        common=True,
     )
     conditioning_data_dir: str | None = setting(
-        None, "Folder of controls for --train_data_dir, each named like its image.", folder="always"
+        None,
+        "Folder of controls for --train_data_dir, each named like its image.",
+        folder="always",
+        common=True,
     )
     image_column: str = setting("image", "Column of the image.")
     conditioning_image_column: str = setting("conditioning_image", "Column of the control.")
@@ -81,6 +87,7 @@ class ControlDataSettings(DataSettings):
         "Make the control from the image: canny = edges; mask = segments by --segmentation_model. For toyworld also "
         "edges and mask as its renderer knows them. None = the data has controls (toyworld: edges).",
         choices=tuple(dict.fromkeys((*MADE, *RENDERED))),
+        common=True,
     )
     canny_low: float = setting(100, "Lower threshold of canny at 512 pixels; higher in smaller pictures.", minimum=0)
     canny_high: float = setting(200, "Upper threshold of canny.", minimum=0)
@@ -198,7 +205,7 @@ class ControlValidationSettings(ValidationSettings):
 
     validation_image: list[str] = setting(
         [], "Controls to draw by, one for each --validation_prompt or one for all. None given = held-out ones.",
-        may_change=True, folder="always",
+        may_change=True, folder="always", common=True,
     )  # fmt: skip
     controlnet_conditioning_scale: float = setting(
         1.0, "Strength of the control in pictures.", minimum=0, may_change=True
@@ -227,6 +234,7 @@ class ControlNetConfig(Config):
     checkpoints: CheckpointSettings
     validation: ControlValidationSettings
     tracking: TrackerSettings
+    recipes = "controlnet*.yaml"
 
     @property
     def uses_adapter(self) -> bool:

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """The settings of the trainers, in groups. Names and meanings are those of diffusers' scripts where it has them.
 
 Library functions take plain values; only the two scripts, the builders and this file know these classes.
@@ -38,6 +37,7 @@ class ModelSettings(Group):
         EMBEDDED_BASE,
         "Stable Diffusion 1.x or 2.x: a folder in diffusers' format or a name on the Hugging Face Hub.",
         folder="perhaps",
+        common=True,
     )
     revision: str | None = setting(None, "Branch, tag or commit on the hub. None = main.")
     variant: str | None = setting(None, "Variant of the weight files, e.g. fp16. None = the plain files.")
@@ -49,6 +49,7 @@ class ModelSettings(Group):
         "Precision of the frozen parts and of the arithmetic; what is trained stays float32. None = what accelerate "
         "is configured for, else no.",
         choices=("no", "bf16", "fp16"),
+        common=True,
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
     enable_xformers_memory_efficient_attention: bool = setting(False, "Attention by xformers (a GPU is needed).")
@@ -68,7 +69,11 @@ class DataSettings(Group):
     """Images"""
 
     resolution: int | None = setting(
-        None, "Side of the training images in pixels. None = the model's own.", minimum=8, maximum=8192
+        None,
+        "Side of the training images in pixels. None = the model's own.",
+        minimum=8,
+        maximum=8192,
+        common=True,
     )
     center_crop: bool = setting(False, "Crop in the middle. Otherwise the crop of an oblong image is random.")
     random_flip: bool = setting(False, "Mirror half of the images, at random.")
@@ -102,14 +107,19 @@ class DataSettings(Group):
 class OptimizationSettings(Group):
     """Optimization"""
 
-    seed: int = setting(0, "Decides data order, noise, crops, class images and validation.", minimum=0)
+    seed: int = setting(0, "Decides data order, noise, crops, class images and validation.", minimum=0, common=True)
     train_batch_size: int = setting(
-        4, "Photos in a batch of one process; as many class images come on top.", minimum=1
+        4,
+        "Photos in a batch of one process; as many class images come on top.",
+        minimum=1,
+        common=True,
     )
     gradient_accumulation_steps: int = setting(1, "Batches in an optimizer step.", minimum=1)
     num_train_epochs: int = setting(1, "Passes over the photos, if --max_train_steps is None.", minimum=1)
-    max_train_steps: int | None = setting(None, "Optimizer steps. None = by --num_train_epochs.", minimum=1)
-    learning_rate: float = setting(5e-6, "Peak learning rate.", minimum=0)
+    max_train_steps: int | None = setting(
+        None, "Optimizer steps. None = by --num_train_epochs.", minimum=1, common=True
+    )
+    learning_rate: float = setting(5e-6, "Peak learning rate.", minimum=0, common=True)
     scale_lr: bool = setting(False, "Multiply the learning rate by batch, accumulation and processes.")
     lr_scheduler: str = setting("constant", "How the rate moves.", choices=SCHEDULES)
     lr_warmup_steps: int = setting(0, "Optimizer steps in which the rate rises from 0.", minimum=0)
@@ -167,10 +177,17 @@ class CheckpointSettings(Group):
     """Output and checkpoints"""
 
     output_dir: str = setting(
-        "data/output/run", "Folder of everything that the run writes.", may_change=True, folder="own"
+        "data/output/run",
+        "Folder of everything that the run writes.",
+        may_change=True,
+        folder="own",
+        common=True,
     )
     overwrite_output_dir: bool = setting(
-        False, "Start anew where checkpoints of another run stand, and remove them.", may_change=True
+        False,
+        "Start anew where checkpoints of another run stand, and remove them.",
+        may_change=True,
+        common=True,
     )
     checkpointing_steps: int = setting(500, "Optimizer steps between checkpoints.", minimum=1, may_change=True)
     checkpoints_total_limit: int | None = setting(
@@ -181,6 +198,7 @@ class CheckpointSettings(Group):
         "A checkpoint's path, its bare name checkpoint-N, or latest = the newest intact one, from the start if there "
         "is none at all.",
         may_change=True,
+        common=True,
     )
 
 
@@ -188,9 +206,13 @@ class CheckpointSettings(Group):
 class ValidationSettings(Group):
     """Validation pictures"""
 
-    validation_prompt: list[str] = setting([], "One or more prompts, or a .txt file with one a line.", may_change=True)
+    validation_prompt: list[str] = setting(
+        [], "One or more prompts, or a .txt file with one a line.", may_change=True, common=True
+    )
     num_validation_images: int = setting(1, "Images a prompt.", minimum=1, may_change=True)
-    validation_steps: int = setting(100, "Optimizer steps between validations.", minimum=1, may_change=True)
+    validation_steps: int = setting(
+        100, "Optimizer steps between validations.", minimum=1, may_change=True, common=True
+    )
     guidance_scale: float = setting(7.5, "Classifier-free guidance of class images and validation.", minimum=0)
     num_inference_steps: int = setting(25, "Denoising steps of class images and validation.", minimum=1)
 
@@ -204,6 +226,7 @@ class TrackerSettings(Group):
         "Where metrics go beside metrics.jsonl.",
         choices=("tensorboard", "wandb", "all", "none"),
         may_change=True,
+        common=True,
     )
     logging_dir: str = setting("logs", "Folder of tensorboard's files, inside the output folder.", may_change=True)
     tracker_project_name: str = setting(
