@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -24,9 +24,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.inference import AdapterChoice, AppConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(AppConfig, __doc__)  # before the slow imports
+
 from PIL import Image
 
-from finetuning.adapters.choice import AdapterChoice, find_base, find_run_setting, parse_adapter
+from finetuning.adapters.choice import find_base, find_run_setting, parse_adapter
 from finetuning.adapters.folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
 from finetuning.adapters.pipelines import get_strengths, load_adapter, load_base, strengths, unload_adapter
 from finetuning.control.loading import load_control_run
@@ -35,8 +41,6 @@ from finetuning.errors import InputError
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.run.device import choose_device
 from finetuning.run_folder import CONFIG
-from finetuning.settings.fields import Config, Group, setting
-from finetuning.settings.reading import read_config, run_command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,24 +48,6 @@ if TYPE_CHECKING:
 HERE = "127.0.0.1"
 SHOWN = 512  # side in pixels to which smaller pictures are enlarged on the page
 LARGEST_SEED = 2**32 - 1
-
-
-@dataclass
-class PageSettings(Group):
-    """Page"""
-
-    runs: str = setting("data/output", "Folder below which adapters are looked for, without --adapter.")
-    control: str | None = setting(None, "A run of train_controlnet.py, whose control the page then takes.")
-    port: int = setting(7860, "Port of the page on this machine.", minimum=1, maximum=65535)
-    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
-
-
-@dataclass
-class AppConfig(Config):
-    """Everything that app.py can be told."""
-
-    page: PageSettings
-    adapters: AdapterChoice
 
 
 class Easel:
@@ -120,7 +106,11 @@ class Easel:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(AppConfig, argv, __doc__)
+    open_page(read_config(AppConfig, argv, __doc__))
+
+
+def open_page(config: AppConfig) -> None:
+    """Load the base and the adapters, and serve the page until it is interrupted."""
     page, choice = config.page, config.adapters
     if importlib.util.find_spec("gradio") is None:
         raise InputError("scripts/app.py: gradio is not installed; pip install gradio")
@@ -287,4 +277,4 @@ def enlarged(picture: Image.Image) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: open_page(config)))

@@ -14,47 +14,32 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.inference import TimingConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(TimingConfig, __doc__)  # before the slow imports
+
 import torch
 
-from finetuning.adapters.choice import AdapterChoice, find_run_setting, load_chosen
+from finetuning.adapters.choice import find_run_setting, load_chosen
 from finetuning.adapters.pipelines import merge_adapter, unload_adapter
 from finetuning.evaluation.score_table import markdown
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.run.device import choose_device
-from finetuning.settings.fields import Config, Group, setting
-from finetuning.settings.reading import read_config, run_command
-
-
-@dataclass
-class TimingSettings(Group):
-    """Timing"""
-
-    prompt: str = setting("a photo of qwe mug in the snow", "What is drawn.")
-    rounds: int = setting(15, "How often each is timed; one more round before warms up.", minimum=3)
-    num_inference_steps: int = setting(25, "Denoising steps.", minimum=1)
-    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
-
-
-@dataclass
-class TimingConfig(Config):
-    """Everything that time_generation.py can be told."""
-
-    timing: TimingSettings
-    adapters: AdapterChoice
-
-    def faults(self) -> Iterator[str]:
-        if not self.adapters.adapter:
-            yield "--adapter: needed, the folder of a run"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(TimingConfig, argv, __doc__)
+    time_generation(read_config(TimingConfig, argv, __doc__))
+
+
+def time_generation(config: TimingConfig) -> None:
+    """Load the three pipelines, draw by each of them in turn, and print the table."""
     timing, device = config.timing, choose_device(config.timing.device)
     pipelines = {
         name: load_chosen(config.adapters, device)[0] for name in ("base model", "adapters on it", "adapters merged")
@@ -97,4 +82,4 @@ def row(name: str, seconds: Sequence[float], base: Sequence[float]) -> dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: time_generation(config)))
