@@ -14,30 +14,32 @@ product with the weight, without which its keys and values have no gradient of t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import finetuning  # noqa: F401 - first, for it quiets the libraries
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import LayerBenchmarkConfig
 
-# isort: split
+if __name__ == "__main__":
+    config = parse_or_exit(LayerBenchmarkConfig, __doc__)  # before the slow imports
+
+import torch
 from peft import LoraConfig, LoraModel
+from torch import nn
 
 import boft
 from boft.functional import prefers_weight_side
 from boft.rotation import in_groups, outer_blocks
 from boft.super_blocks import all_super_blocks
+from finetuning.files import write
 from finetuning.run.allocator import keep_freed_memory
 from finetuning.studies.throughput.turns import in_turn
 
@@ -175,39 +177,37 @@ def products(shapes: list[Shape]) -> dict[str, Callable[[], None]]:
     return {"frozen": frozen} | {title: lambda t=title: rotated(t) for title in BOFT}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="interleaved rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="keep the result here")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark(read_config(LayerBenchmarkConfig, argv, __doc__))
+
+
+def benchmark(config: LayerBenchmarkConfig) -> int:
+    """Measure all layers with all candidates, and print the table; returns the exit code."""
+    rounds, threads, file = config.measurement.rounds, config.measurement.threads, config.measurement.json
+    threads = threads or torch.get_num_threads()
     keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
 
     shapes = layers_of_unet()
     rows: dict[str, dict[str, float]] = {}
     for shape in dict.fromkeys(shapes):
         group = [s for s in shapes if s == shape]
-        rows[f"{len(group)} of {shape}"] = measure_layers(group, args.rounds)
-    rows["all 128"] = measure_layers(shapes, args.rounds)
+        rows[f"{len(group)} of {shape}"] = measure_layers(group, rounds)
+    rows["all 128"] = measure_layers(shapes, rounds)
     parameters = rotations()
-    rows["rotations"] = measure({title: lambda p=p: solve(p) for title, p in parameters.items()}, args.rounds)
-    rows["products alone"] = measure(products(shapes), args.rounds)
+    rows["rotations"] = measure({title: lambda p=p: solve(p) for title, p in parameters.items()}, rounds)
+    rows["products alone"] = measure(products(shapes), rounds)
 
     titles = list(rows["all 128"])
-    print(f"milliseconds, forward and backward; medians of {args.rounds} rounds, {args.threads} threads\n")
+    print(f"milliseconds, forward and backward; medians of {rounds} rounds, {threads} threads\n")
     print("| layers | " + " | ".join(titles) + " |\n|---" + "|--:" * len(titles) + "|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[t]:.1f}" if t in row else "–" for t in titles) + " |")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"threads": args.threads, "rounds": args.rounds, "milliseconds": rows}, indent=1),
-            encoding="utf-8",
-        )
+    if file:
+        write(Path(file), json.dumps({"threads": threads, "rounds": rounds, "milliseconds": rows}, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(lambda argv: benchmark(config)))

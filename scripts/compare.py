@@ -14,7 +14,6 @@ The same command may run several times at once, e.g. once a core with OMP_NUM_TH
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -27,6 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import GridConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(GridConfig, __doc__)  # before the slow imports
+
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,7 +43,6 @@ from finetuning.files import save_picture
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.pictures.grid import grid as draw_grid
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.reading import run_command
 from finetuning.settings.shared import EMBEDDED_BASE
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save, write_page
@@ -184,20 +188,16 @@ def cells(strip: Image.Image, indices: Sequence[int]) -> list[Image.Image]:
     return [strip.crop((x, 0, x + side, side)) for x in places]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, help="YAML file, see scripts/compare.yaml")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="run at most N pieces of what is missing; 0 = none, only the tables"
-    )
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
-    parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv, what made them to "
-                        "PATH.json and pictures to PATH.webp")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 0:
-        raise InputError(f"--limit={args.limit}: must be 0 or more")
+def main(argv: Sequence[str] | None = None) -> int:
+    return compare(read_config(GridConfig, argv, __doc__))
+
+
+def compare(config: GridConfig) -> int:
+    """Run what is missing, up to the limit, and write the tables of what is there; returns the exit code."""
+    comparison = config.comparison
+    path, output = Path(comparison.grid), comparison.output_dir and Path(comparison.output_dir)
     task = ToySubjects()
-    grid = read_grid(args.grid, task, args.output_dir)
+    grid = read_grid(path, task, output)
 
     reported = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
     planned = sum(grid.selection_runs().values()) + reported
@@ -207,20 +207,20 @@ def main(argv: list[str] | None = None) -> int:
             bar.n = sum(piece.is_complete(grid) for piece in pieces_of(grid, task))
             bar.set_postfix_str(name)
 
-        if not run_grid(grid, task, args.limit, say):
+        if not run_grid(grid, task, comparison.limit, say):
             return 130
         say("")
     pieces = pieces_of(grid, task)
-    command, folder = shlex.join(["python", "scripts/compare.py", str(args.grid)]), grid.output_dir / "results"
+    command, folder = shlex.join(["python", "scripts/compare.py", str(path)]), grid.output_dir / "results"
     rows, facts = read_rows(pieces, grid, task.scores), Facts.of(grid, task.scores, command)
     print(write_page(folder, rows, facts, grid))
     print(f"{folder}: README.md, rows.csv, tables as csv and md, plots")
-    if args.save:
-        save(args.save, rows, facts)
+    if comparison.save:
+        save(Path(comparison.save), rows, facts)
         if picture := samples(pieces, grid):
-            save_picture(picture, args.save.with_suffix(".webp"))
+            save_picture(picture, Path(comparison.save).with_suffix(".webp"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: compare(config)))

@@ -14,14 +14,19 @@ once; each takes what is free.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import GridConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(GridConfig, __doc__)  # before the slow imports
 
 from finetuning.control.scoring import (
     CONTROLLED,
@@ -32,10 +37,8 @@ from finetuning.control.scoring import (
     draw_control_run,
     score_control_run,
 )
-from finetuning.errors import InputError
 from finetuning.evaluation.score_table import markdown, write, write_table
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
-from finetuning.settings.reading import run_command
 from finetuning.studies.comparison.answers import control_table, progress
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save
@@ -89,24 +92,22 @@ def unseen_controls(kind: str, part: str) -> Controls:
     return Controls(kind, "test" if part == "held out" else part)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, help="YAML file, see scripts/compare_controls.yaml")
-    parser.add_argument("--limit", type=int, metavar="N", help="run at most N pieces of what is missing")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
-    parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv and what made them "
-                        "to PATH.json, for scripts/summarize.py")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 0:
-        raise InputError(f"--limit={args.limit}: must be 0 or more")
-    task = ToyControls()
-    grid = read_grid(args.grid, task, args.output_dir)
+def main(argv: Sequence[str] | None = None) -> int:
+    return compare(read_config(GridConfig, argv, __doc__))
 
-    if not run_grid(grid, task, args.limit, print):
+
+def compare(config: GridConfig) -> int:
+    """Run what is missing, up to the limit, and write the tables of what is there; returns the exit code."""
+    comparison = config.comparison
+    path, output = Path(comparison.grid), comparison.output_dir and Path(comparison.output_dir)
+    task = ToyControls()
+    grid = read_grid(path, task, output)
+
+    if not run_grid(grid, task, comparison.limit, print):
         return 130
     pieces = pieces_of(grid, task)
     folder, rows = grid.output_dir / "results", read_rows(pieces, grid, SCORES)
-    facts = Facts.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(args.grid)]))
+    facts = Facts.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(path)]))
     page = f"# Control at equal steps ({facts.steps})\n\n"
     page += f"`{facts.command}`, {facts.date}, {facts.machine}: {progress(rows, facts)}\n"
     if found := control_table(rows, SCORES):
@@ -117,10 +118,10 @@ def main(argv: list[str] | None = None) -> int:
     write(folder / "README.md", page)
     print(page)
     save(folder / "rows", rows, facts)
-    if args.save:
-        save(args.save, rows, facts)
+    if comparison.save:
+        save(Path(comparison.save), rows, facts)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: compare(config)))

@@ -9,7 +9,6 @@ anywhere, also in the middle of a save (use --checkpointing_steps=1 to make save
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -20,28 +19,33 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from finetuning.settings.reading import parse_or_exit, read_config, run_command, split_at_dashes
+from finetuning.settings.studies import KillConfig
 
-from finetuning.errors import InputError  # noqa: E402
-from finetuning.run_folder import STATE  # noqa: E402
-from finetuning.settings.reading import run_command  # noqa: E402
+if __name__ == "__main__":
+    own, training = split_at_dashes()
+    config = parse_or_exit(KillConfig, __doc__, own)  # before the slow imports
+
+import torch
+from safetensors.torch import load_file
+
+from finetuning.errors import InputError
+from finetuning.run_folder import STATE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="processes to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    at = argv.index("--") if "--" in argv else len(argv)
-    options, training = parser.parse_args(argv[:at]), argv[at + 1 :]
+    own, training = split_at_dashes(argv)
+    return kill_and_compare(read_config(KillConfig, own, __doc__), training)
+
+
+def kill_and_compare(config: KillConfig, training: Sequence[str]) -> int:
+    """Test the training that is begun by these flags of train_dreambooth.py; returns the exit code."""
     if not training:
         raise InputError("flags of train_dreambooth.py are needed after --")
     with tempfile.TemporaryDirectory() as folder:
-        return kill_test(training, options.kills, random.Random(options.seed), Path(folder))
+        return kill_test(training, config.kills.kills, random.Random(config.kills.seed), Path(folder))
 
 
 def kill_test(training: Sequence[str], kills: int, moments: random.Random, folder: Path) -> int:
@@ -120,4 +124,4 @@ def tensors(output: Path) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: kill_and_compare(config, training)))

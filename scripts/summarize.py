@@ -11,24 +11,26 @@ not there yet leaves "Not yet." in its places.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import SummaryConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(SummaryConfig, __doc__)  # before the slow imports
+
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import Row, markdown, write
-from finetuning.settings.reading import run_command
 from finetuning.studies.comparison import answers, page, plots
 from finetuning.studies.comparison.results import choose_table, criterion, ends, summary, where, with_intervals
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 SHORT = ("subject_new", "context", "others", "leak", "drift")
 LEVELS = (0.5, 0.8, 0.9)
 PAIRS = (  # that the questions are about
@@ -178,25 +180,22 @@ def fill(path: Path, blocks: dict[str, str], folder: Path) -> set[str]:
     return there
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, help="whose blocks are written")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR", help="the files")
-    args = parser.parse_args(argv)
-    for path in args.pages:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give the page whose tables are to be written")
-    if not args.results.is_dir():
-        raise InputError(f"--results={args.results}: no such folder; give the one with compare.csv and so on")
+def main(argv: Sequence[str] | None = None) -> int:
+    return summarize(read_config(SummaryConfig, argv, __doc__))
+
+
+def summarize(config: SummaryConfig) -> int:
+    """Write the blocks of all pages; returns the exit code."""
+    folder = Path(config.pages.results)
     blocks = {}
     for part in (main_blocks, time_blocks, ablation_blocks, control_blocks, speed_blocks):
-        blocks |= part(args.results)
-    for path in args.pages:
-        names = fill(path, blocks, args.results)
+        blocks |= part(folder)
+    for path in map(Path, config.pages.pages):
+        names = fill(path, blocks, folder)
         there = sum(not blocks[name].startswith("Not yet") for name in names)
         print(f"{path}: {there} of {len(names)} parts are there")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: summarize(config)))
