@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: GridConfig) -> int:
     """Run what is missing, up to the limit, and write the tables of what is there; returns the exit code."""
     comparison = config.comparison
-    path, output = Path(comparison.grid), comparison.output_dir and Path(comparison.output_dir)
+    path, output = Path(comparison.grid), Path(comparison.output_dir) if comparison.output_dir else None
     task = ToyControls()
     grid = read_grid(path, task, output)
 

@@ -58,6 +58,7 @@ def setting(
         required: the program cannot do without a value; the default is None or an empty list.
     """
     metadata = {
+        "default": default,
         "help": help,
         "choices": choices,
         "minimum": minimum,

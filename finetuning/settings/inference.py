@@ -203,7 +203,7 @@ class PushSettings(Group):
 
     run: str = setting(None, "The folder of a run.", required=True)
     hub_model_id: str | None = setting(
-        None, "Repository on the hub, owner/name. None = the folder's name, of the token's user."
+        None, "Repository on the hub, owner/name. None = named like the folder, owned by the token's user."
     )
     hub_token: str | None = setting(
         None, "Token for the hub. None = the one of HF_TOKEN or of `hf auth login`.", secret=True

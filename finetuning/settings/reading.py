@@ -70,7 +70,8 @@ def read_config(
     else:
         cls = kind
     given, faults = _read_flags(cls, argv, program, description)
-    known, values = {field.name: field for field in fields_in(cls)}, {}
+    known = {field.name: field for field in fields_in(cls)}
+    values: dict[str, Any] = {}
     for source, path in _files(cls, given, faults):
         from_file, file_faults = _read_yaml(path, source)
         faults += file_faults
@@ -314,11 +315,8 @@ def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, kind: 
 def _help(field: dataclasses.Field) -> str:
     """A setting's line of `--help`."""
     choices = f" One of: {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
-    if field.metadata["required"]:
-        default = "needed"
-    else:
-        value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        default = f"default: {show(value) if value != [] else 'none'}"
+    value = field.metadata["default"]
+    default = "needed" if field.metadata["required"] else f"default: {show(value) if value != [] else 'none'}"
     return f"{field.metadata['help']}{choices} ({default})".replace("%", "%%")
 
 
