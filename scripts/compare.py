@@ -9,7 +9,8 @@ First the learning rates of a method are tried on the subjects of `selection`; t
 the toy world. Means and 95 % confidence intervals are over subjects, the seeds of a subject having been averaged:
 pictures and seeds of one subject are not independent. Every run does as many steps; the table states what is trained.
 
-The same command may run several times at once, e.g. once a core with OMP_NUM_THREADS=1: each takes what no other has.
+The same command may run several times at once, e.g. once for each core with OMP_NUM_THREADS=1: each process takes runs
+that no other has taken.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class ToySubjects:
         return found
 
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
-        """Scores of a run at a point beside the base model's; the end also leaves a strip of pictures, samples.png."""
+        """Score a run at a point, beside the base model. At its end, pictures go into samples.png."""
         if piece.subject not in self.judges:
             self.judges[piece.subject] = Judges(Path(grid.scoring.get("judge", TOYWORLD / "judge")), piece.subject)
         judges, base_name = self.judges[piece.subject], piece.settings(grid, self)["pretrained_model_name_or_path"]
@@ -115,7 +116,7 @@ class ToySubjects:
         return {**found, "base": base, "tuned": asdict(tuned)}
 
     def base(self, subject: str, name: str, grid: Grid) -> tuple[dict[str, float], Pictures]:
-        """The base model's scores and pictures, made once a subject and kept on disk."""
+        """The scores and pictures of the base model, which are made once for each subject and kept on disk."""
         path = grid.output_dir / "base" / f"{subject}.npz"
         key = json.dumps([name, grid.scoring])
         if not path.is_file():
@@ -131,14 +132,24 @@ class ToySubjects:
             return json.loads(str(found["scores"])), Pictures(**{n: found[n] for n in Pictures.__dataclass_fields__})
 
     def drawing(self, pipeline: DiffusionPipeline, grid: Grid) -> partial:
-        """How a pipeline draws what is scored."""
+        """The function that draws by a pipeline as the grid says."""
         pipeline.scheduler = choose_scheduler(pipeline, grid.scoring.get("scheduler"))
         steps, guidance = int(grid.scoring.get("steps", 25)), float(grid.scoring.get("guidance", 3))
         return partial(generate, pipeline, steps=steps, guidance=guidance)
 
 
 def load_point(run: Path, base: str, point: Point, is_end: bool) -> DiffusionPipeline:
-    """The pipeline that a run has trained, at one of its checkpoints and at a strength."""
+    """The pipeline that a run has trained, as it was at a checkpoint, at a strength.
+
+    Args:
+        run: folder of the run.
+        base: name of its base model.
+        point: the step of the checkpoint, and the strength of the adapter.
+        is_end: the step is the last one, so that the result of the run is loaded.
+
+    Raises:
+        InputError: if the checkpoint was removed.
+    """
     checkpoint = run / f"checkpoint-{point.step}"
     if is_end:
         pipeline = load_run(run)
@@ -164,7 +175,11 @@ def strip(pictures: Pictures) -> Image.Image:
 
 
 def samples(pieces: Sequence[Piece], grid: Grid) -> Image.Image | None:
-    """A row a method on the reported subject that most methods have seen: its new contexts, then the plain class."""
+    """The pictures of all methods, or None if there are none yet.
+
+    The subject is the reported one that most methods have finished. Each row is a method and shows the subject in new
+    contexts, then the plain class.
+    """
     done = [p for p in pieces if p.phase == "report" and (p.folder(grid) / "samples.png").is_file()]
     done = [piece for piece in done if piece.seed == grid.report.seeds[0]]
     if not done:
@@ -182,7 +197,7 @@ def samples(pieces: Sequence[Piece], grid: Grid) -> Image.Image | None:
 
 
 def cells(strip: Image.Image, indices: Sequence[int]) -> list[Image.Image]:
-    """Pictures of a strip by their places in it."""
+    """Cut pictures out of a strip. indices: their places in it; negative ones count from the end."""
     side = strip.height
     places = [index % (strip.width // side) * side for index in indices]
     return [strip.crop((x, 0, x + side, side)) for x in places]

@@ -7,9 +7,10 @@
 
 A "subject" of the grid is a kind of control: canny, edges or mask. Learning rates are chosen on those of `selection`,
 by controls of the toy world's part "held out"; the best ones run on those of `report`, by controls of its part "test",
-which no training and no choice has seen. Each run goes through train_controlnet.py; scores: control_evaluation.py.
+which no training and no choice has seen. Each run goes through train_controlnet.py; its scores are those of
+`finetuning/control/scoring.py`.
 Pictures of the base without control are the floor, real renders the ceiling. The command may run several times at
-once; each takes what is free.
+once: each process takes runs that no other has taken.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ SCORES = ("edge_f1", "edge_iou", "mask_miou")
 
 
 class ToyControls:
-    """Kinds of control on the toy world. Keys of `scoring`: images, steps, guidance, precision of the pictures."""
+    """Kinds of control on the toy world, scored by how pictures follow their controls.
+
+    Keys of `scoring`: number of images; steps, guidance and precision of the pictures.
+    """
 
     trainer = Path(__file__).resolve().parents[1] / "train_controlnet.py"
     config = ControlNetConfig
@@ -70,7 +74,7 @@ class ToyControls:
         return {"dataset_name": "toyworld", "conditioning": piece.subject}
 
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
-        """Scores of a run's pictures, of those without control, and of real ones."""
+        """Score pictures of a run, pictures of the base without control, and real ones."""
         folder, scoring = piece.folder(grid), grid.scoring
         controls = Controls if piece.phase == "selection" else unseen_controls
         test = ControlTest.of(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
@@ -88,7 +92,7 @@ class ToyControls:
 
 
 def unseen_controls(kind: str, part: str) -> Controls:
-    """The toy world, measured on the part that no choice has seen."""
+    """The controls of the toy world, with the part "test", which no choice has seen, in the place of "held out"."""
     return Controls(kind, "test" if part == "held out" else part)
 
 

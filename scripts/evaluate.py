@@ -11,7 +11,7 @@ on after an interruption, run the same command again.
 
 `controlnet` detects the control again in pictures drawn by held-out controls and compares: edges (canny; IoU, and F1
 within 0.75 % of the diagonal), segments (mean IoU), landmarks of faces. Beside it stand pictures without control, the
-floor, and the real pictures, the ceiling. Where a detector fails, the picture is counted.
+floor, and the real pictures, the ceiling. Pictures in which a detector finds nothing are counted.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def load_encoders(chosen: EncoderSettings, device: torch.device, is_toy: bool) -
 
 
 def judge_encoder(folder: Path, device: torch.device) -> Encoder:
-    """The toy world's judge of individuals, which had no part in training."""
+    """The toy world's judge of individuals as an encoder. It had no part in training the base or an adapter."""
     judge = InstanceJudge.from_pretrained(folder / "instances").to(device).eval()
     half = (0.5, 0.5, 0.5)
     return Encoder("toyworld/judge", Preprocessing((64, 64), None, 3, half, half), judge, device=device)
 
 
 def is_toy(config: dict) -> bool:
-    """Whether a run's base is the embedded one, which other encoders know nothing of."""
+    """Whether a run was trained on the embedded base, whose pictures other encoders were not made for."""
     return Path(config["pretrained_model_name_or_path"]).resolve() == (DATA / "base").resolve()
 
 
@@ -176,7 +176,7 @@ def toyworld(config: ToyworldScoreConfig) -> None:
     subjects = [embedded_subject(load_run_config(run)) for run in runs]
     draw = partial(generate, steps=scored.num_inference_steps, guidance=scored.guidance_scale)
     record = {"steps": scored.num_inference_steps, "guidance": scored.guidance_scale, "scheduler": scored.scheduler}
-    judged: dict[tuple, tuple] = {}  # of each subject and base
+    judged: dict[tuple, tuple] = {}  # (subject, base) to the judges, and the scores and pictures of the base
 
     def drawing(pipeline) -> partial:
         pipeline.scheduler = choose_scheduler(pipeline, scored.scheduler)
@@ -211,10 +211,10 @@ def toyworld(config: ToyworldScoreConfig) -> None:
 
 
 def embedded_subject(config: dict) -> str:
-    """The name of a run's subject.
+    """The name of the subject of a run.
 
     Raises:
-        InputError: the toy world does not know it.
+        InputError: if it is not one of the toy world's subjects.
     """
     card = Path(config["instance_data_dir"]) / "subject.json"
     subject = json.loads(card.read_text(encoding="utf-8"))["name"] if card.is_file() else None

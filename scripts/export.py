@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> None:
 
 
 def print_table(report: Sequence[Truncation]) -> None:
-    """A line a layer: its rank, the most it can have, the share of its squared change that the rank keeps."""
+    """Print for each layer its rank, its full rank, and the share of its squared change that the rank keeps."""
     width = max(len(row.layer) for row in report)
     print(f"{'layer':{width}}  rank  of  energy kept")
     for row in report:

@@ -7,7 +7,7 @@
     python scripts/generate.py --adapter runs/mug:0.5 runs/robot:0.5 --mix --each --prompt prompts.txt
     python scripts/generate.py --adapter data/output/controlnet --control edges.png --prompt "a photo of a red mug"
 
-Writes one PNG a picture, with its parameters in it as text, and all of them as grid.png.
+Each picture becomes a PNG that holds its parameters as text; grid.png shows all of them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def draw_pictures(config: GenerateConfig) -> None:
 
 
 def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: DiffusionPipeline) -> list[PictureOrder]:
-    """A picture for each prompt and seed, by the settings of the adapter's run where none are given."""
+    """The order of a picture for each prompt and seed. What is not given is as in the adapter's run."""
     pictures, adapters = config.pictures, config.adapters
     guidance_scale = pictures.guidance_scale
     if guidance_scale is None:
@@ -128,9 +128,12 @@ def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: Diffu
 def columns_of(
     pictures: PictureSettings, own: dict[str, float], factors: Sequence[float]
 ) -> dict[str, dict[str, float]]:
-    """{title of a column: strengths of the adapters in it}.
+    """The columns of the grid: the strengths of the adapters in each column, by its title.
 
-    own: the strength of each adapter; factors: what all of them are multiplied by, a column each.
+    Args:
+        pictures: which columns are asked for.
+        own: the strength of each adapter, by its name on the pipeline.
+        factors: numbers that all strengths are multiplied by; each makes a column.
     """
     columns: dict[str, dict[str, float]] = {"base model": {}} if pictures.base else {}
     columns |= {f"{name} alone": {name: 1.0} for name in own} if pictures.each else {}
@@ -144,7 +147,10 @@ def columns_of(
 
 
 def arrange(orders: Sequence[PictureOrder], drawn: dict[str, list[Image.Image]]) -> Image.Image:
-    """Prompts and seeds downwards, strengths to the right; without adapters seeds to the right."""
+    """The grid: a row for each prompt and seed, a column for each strength.
+
+    If there is only one strength, there is a row for each prompt and a column for each seed.
+    """
     if len(drawn) == 1:
         (pictures,) = drawn.values()
         seeds, prompts = list(dict.fromkeys(w.seed for w in orders)), list(dict.fromkeys(w.prompt for w in orders))
@@ -155,7 +161,7 @@ def arrange(orders: Sequence[PictureOrder], drawn: dict[str, list[Image.Image]])
 
 
 def slug(text: str) -> str:
-    """A file name of what a text says; texts that differ in their first 60 letters have different ones."""
+    """The beginning of a text as a file name of at most 60 letters."""
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")[:60]
 
 

@@ -49,7 +49,17 @@ def kill_and_compare(config: KillConfig, training: Sequence[str]) -> int:
 
 
 def kill_test(training: Sequence[str], kills: int, moments: random.Random, folder: Path) -> int:
-    """Returns 0 if every run that was killed and resumed ended like the one left alone."""
+    """Train once without interruption, then train, kill and resume until enough processes were killed.
+
+    Args:
+        training: flags of train_dreambooth.py.
+        kills: how many processes are killed.
+        moments: decides when.
+        folder: where the runs are written.
+
+    Returns:
+        0 if every run that was killed and resumed ended with the bits of the uninterrupted one, otherwise 1.
+    """
     alone = folder / "alone"
     started = time.monotonic()
     if code := os.waitstatus_to_exitcode(os.waitpid(start(training, alone), 0)[1]):
@@ -67,7 +77,7 @@ def kill_test(training: Sequence[str], kills: int, moments: random.Random, folde
             code = end(child, moments.uniform(0, duration) if killed < kills else None)
             killed += code == -signal.SIGKILL
             survived = code == 0
-            if survived and is_fresh:  # faster than the run left alone, which made what is kept, or was disturbed
+            if survived and is_fresh:  # perhaps faster than the uninterrupted run, which also made the class images
                 duration = min(duration, time.monotonic() - started)
             is_fresh = False
             if code not in (0, -signal.SIGKILL):
@@ -82,7 +92,7 @@ def kill_test(training: Sequence[str], kills: int, moments: random.Random, folde
 
 
 def start(training: Sequence[str], output: Path, log: Path | None = None) -> int:
-    """A child process that trains; a fork, so that libraries are loaded once."""
+    """Start a child process that trains, and return its id. It is a fork, so that libraries are loaded only once."""
     import train_dreambooth
 
     child = os.fork()
@@ -98,7 +108,7 @@ def start(training: Sequence[str], output: Path, log: Path | None = None) -> int
 
 
 def end(child: int, patience: float | None) -> int:
-    """Wait for a child and kill it after `patience` seconds, None = never; returns its exit code."""
+    """Wait for a child process and return its exit code. patience: seconds after which it is killed. None = never."""
     deadline = None if patience is None else time.monotonic() + patience
     while True:
         found, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
@@ -112,7 +122,7 @@ def end(child: int, patience: float | None) -> int:
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
-    """What a run has trained, and its last optimizer state."""
+    """What a run has trained, and the optimizer state of its last checkpoint, by name."""
     found = {}
     for path in sorted(output.glob("unet/*.safetensors")) + sorted(output.glob("text_encoder/*.safetensors")):
         found |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws which inputs reach which outputs of a butterfly rotation, for one, two and three factors.
+"""Draw which inputs reach which outputs of a butterfly rotation, for one, two and three factors.
 
 python scripts/plot_butterfly.py boft/butterfly.png
 """
@@ -36,7 +36,9 @@ def random_factors(d: int, b: int, m: int) -> torch.Tensor:
 
 
 def draw_wires(axes: Axes, d: int, b: int, m: int) -> None:
-    """Inputs at the top, outputs at the bottom, one layer of wires a factor; in blue what the first input reaches."""
+    """Draw the wires from inputs (top) to outputs (bottom), a layer for each factor. What the first input reaches is
+    blue.
+    """
     Q, identity = random_factors(d, b, m), torch.eye(d)
     reached = {0}
     for depth, i in enumerate(reversed(range(m))):
@@ -54,7 +56,7 @@ def draw_wires(axes: Axes, d: int, b: int, m: int) -> None:
 
 
 def draw_matrix(axes: Axes, d: int, b: int, m: int) -> None:
-    """The entries of B that are not zero."""
+    """Draw which entries of the rotation matrix are not zero."""
     B = apply_blocks(torch.eye(d), compose(random_factors(d, b, m)))
     axes.imshow(B.abs() > 1e-6, cmap="Blues", vmin=0, vmax=1.6)
     numbers = m * (d // b) * b * (b - 1) // 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Find a subject and its prompts; print them, one `key<tab>value` a line.
+"""Find a subject and its prompts, and print each of them as a line `key<tab>value`.
 
     python scripts/prepare_dataset.py embedded [NAME]       of data/toyworld/subjects, by default the first
     python scripts/prepare_dataset.py dreambooth 27         of google/dreambooth, 0 … 29 in alphabetical order

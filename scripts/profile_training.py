@@ -40,14 +40,14 @@ MUG = [
     "--train_batch_size=6", "--use_boft", "--boft_block_size=8", "--boft_n_butterfly_factor=2",
 ]  # fmt: skip
 WITHOUT = ["--no_cache_latents", "--no_pre_compute_text_embeddings"]
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 2  # steps that do not count
 REST, ALL = "the rest", "all"
 
 
 class Profiler:
-    """Watches a trainer and notes the processor time of each step, by phase."""
+    """Watches a trainer and notes the processor time of each step in seconds, by phase."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
     def begins(self, step: int) -> None:
@@ -83,7 +83,7 @@ def compare_times(config: ProfileConfig, training: Sequence[str]) -> int:
 
 
 def profile(training: Sequence[str]) -> list[dict[str, float]]:
-    """Processor seconds of a run's steps, by part."""
+    """Train, and return the processor time of each step in seconds, by phase."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*training, f"--output_dir={folder}/output", "--report_to=none"]
         trainer, profiler = DreamBooth(read_config(DreamBoothConfig, arguments)), Profiler()

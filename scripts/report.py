@@ -3,7 +3,7 @@
 
     python scripts/report.py data/output/dreambooth
 
-Works while a run is still going, too; scores appear in it after scripts/evaluate.py.
+It also works while a run is still training. Scores appear in it after scripts/evaluate.py.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python scripts/summarize.py                                                             # the pages, from the files
     python scripts/summarize.py --results=DIR page.md                                       # other files, another page
 
-What stands between `<!-- NAME -->` and `<!-- end -->` is written by this command, the rest by people. A file that is
-not there yet leaves "Not yet." in its places.
+This command writes what stands between `<!-- NAME -->` and `<!-- end -->`; people write the rest. Where a result file
+is missing, the text is "Not yet."
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RESULTS = "{results}"  # in links: the folder of the results, as the page sees i
 
 
 def main_blocks(folder: Path) -> dict[str, str]:
-    """The texts that follow from the comparison, and its plots."""
+    """The blocks that follow from the comparison alone, by name; plots are written into the folder."""
     names = ("progress", "selection", "means", "verdicts", "differences", "pictures", "steps", "depth", "strengths")
     blocks = dict.fromkeys((*names, "strength-cost", "comparison"), NOT_YET)
     if not (folder / "compare.csv").is_file():
@@ -89,16 +89,17 @@ def main_blocks(folder: Path) -> dict[str, str]:
 
 
 def bullets(sentences: Iterable[str]) -> str:
+    """A list in Markdown."""
     return "".join(f"* {sentence}\n" for sentence in sentences)
 
 
 def image(path: Path, text: str) -> str:
-    """A link to a plot or picture, if it is there."""
+    """A link to a plot or picture, or nothing if the file does not exist."""
     return f"\n![{text}]({RESULTS}/{path.name})\n" if path.is_file() else ""
 
 
 def time_blocks(folder: Path) -> dict[str, str]:
-    """The text that needs the seconds of a step too."""
+    """The block that follows from the comparison and the seconds of a training step."""
     if not (folder / "compare.csv").is_file() or not (folder / "training-grid.json").is_file():
         return {"times": NOT_YET}
     rows, _ = page.load(folder / "compare")
@@ -111,6 +112,7 @@ def time_blocks(folder: Path) -> dict[str, str]:
 
 
 def ablation_blocks(folder: Path) -> dict[str, str]:
+    """The block of the ablation, with the comparison's runs of `OTHERS` beside it."""
     if not (folder / "ablation.csv").is_file():
         return {"ablation": NOT_YET}
     rows, facts = page.load(folder / "ablation")
@@ -126,7 +128,7 @@ def ablation_blocks(folder: Path) -> dict[str, str]:
 
 
 def beside(rows: list[Row], folder: Path) -> list[Row]:
-    """The comparison's runs of `OTHERS` on the same subjects and seeds, as at the end of training."""
+    """The comparison's rows of `OTHERS`, at the end of training, on the subjects and seeds of the given rows."""
     if not (folder / "compare.csv").is_file():
         return []
     runs = {(row["individual"], row["seed"]) for row in ends(rows, "report")}
@@ -136,6 +138,7 @@ def beside(rows: list[Row], folder: Path) -> list[Row]:
 
 
 def control_blocks(folder: Path) -> dict[str, str]:
+    """The blocks of the comparison of controls."""
     blocks = dict.fromkeys(("controls", "control-rates"), NOT_YET)
     if not (folder / "controls.csv").is_file():
         return blocks
@@ -150,6 +153,7 @@ def control_blocks(folder: Path) -> dict[str, str]:
 
 
 def speed_blocks(folder: Path) -> dict[str, str]:
+    """The blocks of the training benchmarks."""
     blocks = {}
     for name in ("training-embedded", "training-sd15"):
         blocks[name] = NOT_YET
@@ -161,10 +165,15 @@ def speed_blocks(folder: Path) -> dict[str, str]:
 
 
 def fill(path: Path, blocks: dict[str, str], folder: Path) -> set[str]:
-    """Write a page's blocks anew; returns their names.
+    """Write the blocks of a page anew, and return their names.
+
+    Args:
+        path: the page.
+        blocks: all texts that there are, by name of the block.
+        folder: the result files, to which links lead.
 
     Raises:
-        InputError: the page has a block that nothing fills, or none.
+        InputError: if the page has no block, or one that is not among `blocks`.
     """
     text = path.read_text(encoding="utf-8")
     there = set(re.findall(r"<!-- ([\w-]+) -->", text)) - {"end"}

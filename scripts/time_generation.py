@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 
-"""Measure what adapters cost per prompt: the base, the same with adapters on it, and with them merged, in turns.
+"""Measure what adapters cost per prompt: the base, the base with adapters, and the base with merged adapters, in turn.
 
     python scripts/time_generation.py --adapter data/output/dreambooth --rounds 15
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,7 +63,8 @@ def time_generation(config: TimingConfig) -> None:
     print(f"{clock} of one picture, {timing.num_inference_steps} steps, {size} pixels, {device}{threads}")
 
 
-def seconds_of(work, device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes: processor time on a CPU, time by the clock on a GPU."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     started = clock()
     work()  # which ends with pixels on the CPU, so that a GPU has finished
@@ -71,6 +72,7 @@ def seconds_of(work, device: torch.device) -> float:
 
 
 def row(name: str, seconds: Sequence[float], base: Sequence[float]) -> dict[str, object]:
+    """A row of the table. seconds: of each round; base: seconds of the base model in the same rounds."""
     quotients = sorted(mine / other for mine, other in zip(seconds, base))
     low, middle, high = statistics.quantiles(quotients, n=4)
     return {
