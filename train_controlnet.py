@@ -43,7 +43,7 @@ from finetuning.randomness import seed_modules
 from finetuning.readings import onto
 from finetuning.run.run import DTYPES
 from finetuning.run_folder import COMPARISON, METRICS, VALIDATION, read_metrics
-from finetuning.settings.fields import read_config, run_command
+from finetuning.settings.reading import read_config, run_command
 from finetuning.training.training import Losses
 from finetuning.training.validation import draw_validation
 from toyworld.controls import Controls

@@ -41,7 +41,7 @@ from finetuning.objective.diffusion import mean_squared_error
 from finetuning.randomness import seed_modules
 from finetuning.run.run import DTYPES
 from finetuning.run_folder import COMPARISON
-from finetuning.settings.fields import read_config, run_command
+from finetuning.settings.reading import read_config, run_command
 from finetuning.training.checkpoint import write_pipeline
 from finetuning.training.training import Losses
 from finetuning.training.validation import draw_validation

@@ -18,7 +18,6 @@ from finetuning.dreambooth.subjects import ROOT, dreambooth_subject, embedded_su
 from finetuning.errors import InputError
 from finetuning.settings.shared import EMBEDDED_BASE
 
-RECIPES = ROOT / "recipes"
 DEFAULT_SUBJECT = "mug"
 VARIABLES = {  # of the environment, by the flag that they set
     "STEPS": "--max_train_steps",
@@ -71,7 +70,7 @@ def dreambooth_command(environment: Mapping[str, str], index: int | None, more: 
         of_validation, of_base = [environment["VALIDATION_PROMPT"]], []
     class_folder = ROOT / "data" / "class_images" / os.path.basename(os.path.abspath(model)) / one["name"]
     return [
-        f"--config={recipe('dreambooth', model)}",
+        f"--recipe={recipe('dreambooth', model)}",
         f"--pretrained_model_name_or_path={model}",
         f"--instance_data_dir={get('INSTANCE_DIR') or one['instance_dir']}",
         f"--instance_prompt={get('INSTANCE_PROMPT') or one['instance_prompt']}",
@@ -92,7 +91,7 @@ def control_command(environment: Mapping[str, str], more: Sequence[str]) -> list
     model, output = model_name(environment, more), control_output(environment)
     own_data = ["--dataset_name=None", "--conditioning=None"] if flag_in(more, "--train_data_dir") else []
     return [
-        f"--config={recipe('controlnet', model)}",
+        f"--recipe={recipe('controlnet', model)}",
         f"--pretrained_model_name_or_path={model}",
         f"--output_dir={output}", "--overwrite_output_dir",
         "--wandb_project_name=controlnet", f"--wandb_run_name={os.path.basename(os.path.abspath(output))}",
@@ -129,9 +128,9 @@ def is_embedded(model: str) -> bool:
     return os.path.exists(model) and os.path.samefile(model, EMBEDDED_BASE)
 
 
-def recipe(trainer: str, model: str) -> Path:
-    """The file of settings that fits a base model."""
-    return RECIPES / f"{trainer}{'-embedded' if is_embedded(model) else ''}.yaml"
+def recipe(trainer: str, model: str) -> str:
+    """The name of the recipe that fits a base model. trainer: dreambooth or controlnet."""
+    return f"{trainer}{'-embedded' if is_embedded(model) else ''}"
 
 
 def launch_command(environment: Mapping[str, str]) -> list[str]:

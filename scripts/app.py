@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -24,9 +24,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.inference import AdapterChoice, AppConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(AppConfig, __doc__)  # before the slow imports
+
 from PIL import Image
 
-from finetuning.adapters.choice import AdapterChoice, find_base, find_run_setting, parse_adapter
+from finetuning.adapters.choice import find_base, find_run_setting, parse_adapter
 from finetuning.adapters.folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
 from finetuning.adapters.pipelines import get_strengths, load_adapter, load_base, strengths, unload_adapter
 from finetuning.control.loading import load_control_run
@@ -35,7 +41,6 @@ from finetuning.errors import InputError
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.run.device import choose_device
 from finetuning.run_folder import CONFIG
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,31 +50,14 @@ SHOWN = 512  # side in pixels to which smaller pictures are enlarged on the page
 LARGEST_SEED = 2**32 - 1
 
 
-@dataclass
-class PageSettings(Group):
-    """Page"""
-
-    runs: str = setting("data/output", "Folder below which adapters are looked for, without --adapter.")
-    control: str | None = setting(None, "A run of train_controlnet.py, whose control the page then takes.")
-    port: int = setting(7860, "Port of the page on this machine.", minimum=1, maximum=65535)
-    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
-
-
-@dataclass
-class AppConfig(Config):
-    """Everything that app.py can be told."""
-
-    page: PageSettings
-    adapters: AdapterChoice
-
-
 class Easel:
-    """A base model on which adapters are put as they are asked for.
+    """A base model on which adapters are put when somebody asks for them.
 
     Args:
-        pipeline: of `load_base`, or of `load_control_run` with what its run has trained.
-        adapters: {path: strength at the beginning}; any_base: also load those that were trained on another base.
-        control_run: where the pipeline's control comes from, if it has one.
+        pipeline: what `load_base` has loaded, or `load_control_run` with what its run has trained.
+        adapters: the strength of each adapter that the page begins with, by path.
+        any_base: also load adapters that were trained on another base.
+        control_run: the run that the control of the pipeline comes from, if it has one.
     """
 
     def __init__(
@@ -87,12 +75,16 @@ class Easel:
         self._lock = Lock()
 
     def draw(self, order: PictureOrder, wanted: dict[str, float]) -> tuple[Image.Image, Image.Image]:
-        """The base model's picture and the one with adapters at the wanted strengths, {path: strength}, on one noise.
+        """Draw by the base model, and by the base model with adapters, from the same noise.
 
-        Both follow the order's control, if it has one.
+        Both pictures follow the control of the order, if it has one.
+
+        Args:
+            order: what is drawn.
+            wanted: the strength of each adapter, by path.
 
         Raises:
-            InputError: an adapter or the control cannot be had, or two adapters cannot be together.
+            InputError: if an adapter or the control cannot be read, or two adapters cannot be loaded together.
         """
         wanted = {path: strength for path, strength in wanted.items() if strength}
         pipeline = self.plain if order.control is None else self.pipeline
@@ -109,7 +101,7 @@ class Easel:
         return base, tuned
 
     def load(self, wanted: dict[str, float]) -> None:
-        """Put these adapters in the place of those that are on the pipeline, at rest."""
+        """Replace the adapters on the pipeline by these, which begin at strength 0."""
         unload_adapter(self.pipeline)
         self.loaded = {}
         if self.of_control:
@@ -119,7 +111,11 @@ class Easel:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(AppConfig, argv, __doc__)
+    open_page(read_config(AppConfig, argv, __doc__))
+
+
+def open_page(config: AppConfig) -> None:
+    """Load the base and the adapters, and serve the page until it is interrupted."""
     page, choice = config.page, config.adapters
     if importlib.util.find_spec("gradio") is None:
         raise InputError("scripts/app.py: gradio is not installed; pip install gradio")
@@ -146,7 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_port(port: int) -> None:
-    """Raises InputError if something else listens there."""
+    """Check that no other program uses a port of this machine.
+
+    Raises:
+        InputError: if one does.
+    """
     with socket.socket() as place:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -156,10 +156,10 @@ def check_port(port: int) -> None:
 
 
 def find_adapters(folder: Path) -> list[str]:
-    """Runs below a folder that hold adapters, newest first; a run's checkpoints are not among them.
+    """Find the runs below a folder that hold adapters, newest first. Checkpoints of a run do not count.
 
     Raises:
-        InputError: there is none.
+        InputError: if there is none.
     """
     found = [
         config.parent
@@ -173,7 +173,7 @@ def find_adapters(folder: Path) -> list[str]:
 
 
 def of_this_base(choice: AdapterChoice, base: str) -> dict[str, float]:
-    """{path: strength} of the chosen adapters, without those of another base, which are named."""
+    """The strengths of the chosen adapters, by path. Those of another base are left out, and a line says so."""
     kept = {}
     for path, strength in map(parse_adapter, choice.adapter):
         try:
@@ -186,7 +186,7 @@ def of_this_base(choice: AdapterChoice, base: str) -> dict[str, float]:
 
 
 def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
-    """The page, until it is interrupted."""
+    """Serve the page until the program is interrupted."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio
 
@@ -214,7 +214,7 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
 
 
 def ask(easel: Easel, prompt: str, look: dict[str, float]) -> tuple[list, list[Callable]]:
-    """The column that says what to draw: its inputs, in the order of `answer`, and the events that ask for it."""
+    """Build the column of inputs. Returns them in the order of `answer`'s arguments, and the events that draw."""
     import gradio
 
     with gradio.Column(scale=2):
@@ -249,7 +249,7 @@ def answer(
     control: str | None,
     *given: float,
 ) -> tuple[Image.Image, ...]:
-    """The base model's picture and the tuned one, for what was typed; given: a strength for each adapter."""
+    """Draw what was typed: the base model's picture and the tuned one. given: the strength of each adapter."""
     import gradio
 
     try:
@@ -271,7 +271,7 @@ def answer(
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """The folders' names, with as much of the path before them as tells them apart."""
+    """The names of the folders, with as many of the folders above them as it takes to tell them apart."""
     parts = [Path(path).resolve().parts for path in paths]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(set(parts)):
@@ -280,10 +280,10 @@ def unique_names(paths: Sequence[str]) -> list[str]:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """Small pictures in whole multiples of their size, so that the browser does not blur them unevenly."""
+    """Enlarge a small picture by a whole number, so that the browser does not blur it unevenly."""
     times = max(1, SHOWN // max(picture.size))
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: open_page(config)))

@@ -1,4 +1,5 @@
-"""Measures what the parts of this repository cost.
+#!/usr/bin/env python
+"""Measure what the parts of this repository cost.
 
 python scripts/benchmark.py adapter                 # BOFT and its neighbours on the UNet of Stable Diffusion 1.5
 python scripts/benchmark.py adapter --dtype bf16 --resolution 64 --rounds 9
@@ -11,27 +12,39 @@ python scripts/benchmark.py training --grid scripts/compare.yaml      # the meth
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.settings.fields import Config
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import (
+    BENCHMARKS,
+    AdapterBenchmarkConfig,
+    AdapterBenchmarkSettings,
+    TrainingBenchmarkConfig,
+)
+
+if __name__ == "__main__":
+    config = parse_or_exit(BENCHMARKS, __doc__)  # before the slow imports
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from finetuning.errors import InputError
+from finetuning.files import write
 from finetuning.run.allocator import keep_freed_memory
 from finetuning.run.resident_memory import peak_resident_memory
-from finetuning.settings.fields import run_command
 from finetuning.studies.throughput.candidates import REFERENCE, ours
 from finetuning.studies.throughput.neighbours import frozen, lora, lycoris_boft, oft, stock_boft
 from finetuning.studies.throughput.table import machine, plot, print_rotation_table, print_table
@@ -41,7 +54,6 @@ from finetuning.studies.throughput.unet import inference_step, inputs, stable_di
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RESNET_CONVOLUTIONS = ["conv1", "conv2"]  # the 3 × 3 convolutions of the residual blocks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MEASURES = ("step", "inference", "wrap", "memory", "rotation")
 PROCESSES_FOR_MEMORY = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -82,12 +94,20 @@ def wrapped(unet: nn.Module, candidate: str, targets: list[str]) -> nn.Module:
 # Measurements
 
 
-def measure_steps(args, candidates: list[str], step: Callable, reference: str) -> dict:
-    unet = stable_diffusion_unet(DTYPES[args.dtype])
-    models = {name: wrapped(unet, name, args.targets) for name in candidates}
-    arguments, clock = inputs(args.batch, args.resolution, DTYPES[args.dtype]), CLOCKS[args.clock]
+def targets_of(settings: AdapterBenchmarkSettings) -> list[str]:
+    """Endings of the names of the layers that are adapted."""
+    return RESNET_CONVOLUTIONS if settings.convolutions else ATTENTION
+
+
+def measure_steps(
+    settings: AdapterBenchmarkSettings, candidates: list[str], step: Callable, reference: str
+) -> dict[str, dict[str, Any]]:
+    """Seconds of a step of each candidate, and their ratios to the bare UNet and to the reference."""
+    unet = stable_diffusion_unet(DTYPES[settings.dtype])
+    models = {name: wrapped(unet, name, targets_of(settings)) for name in candidates}
+    arguments, clock = inputs(settings.batch, settings.resolution, DTYPES[settings.dtype]), CLOCKS[settings.clock]
     steps = {name: lambda model=model: step(model, arguments, clock) for name, model in models.items()}
-    seconds = in_turn(steps, args.rounds, tell=True)
+    seconds = in_turn(steps, settings.rounds, tell=True)
     return {
         name: {
             "seconds": statistics.median(seconds[name]),
@@ -100,29 +120,32 @@ def measure_steps(args, candidates: list[str], step: Callable, reference: str) -
     }
 
 
-def measure_wrapping(args, candidates: list[str]) -> dict:
-    unet = stable_diffusion_unet(DTYPES[args.dtype])
+def measure_wrapping(settings: AdapterBenchmarkSettings, candidates: list[str]) -> dict[str, dict[str, Any]]:
+    """Seconds that it takes to put each candidate's adapter on a UNet."""
+    unet = stable_diffusion_unet(DTYPES[settings.dtype])
     results = {}
     for name in candidates:
         twins = [copy.deepcopy(unet, {id(tensor): tensor for tensor in unet.parameters()}) for _ in range(3)]
         seconds = []
         for twin in twins:
             start = time.perf_counter()
-            CANDIDATES[name](twin, args.targets)
+            CANDIDATES[name](twin, targets_of(settings))
             seconds.append(time.perf_counter() - start)
         results[name] = {"wrap": statistics.median(seconds)}
     return results
 
 
-def measure_memory(args, candidates: list[str]) -> dict:
-    """Peak resident memory of two training steps, each candidate in processes of its own; the median of them, because
-    the allocator's luck moves it by ten megabytes."""
+def measure_memory(settings: AdapterBenchmarkSettings, candidates: list[str]) -> dict[str, dict[str, Any]]:
+    """Peak resident memory of two training steps in GiB.
+
+    It is the median over several processes of each candidate, because a process is off by ten megabytes by chance.
+    """
     peaks: dict[str, list[float]] = {name: [] for name in candidates}
     for process in range(PROCESSES_FOR_MEMORY):
         for name in candidates:
-            command = [sys.executable, __file__, "adapter", "--peak", name, "--batch", str(args.batch)]
-            command += ["--resolution", str(args.resolution), "--dtype", args.dtype, "--threads", str(args.threads)]
-            command += ["--convolutions"] if args.convolutions else []
+            command = [sys.executable, __file__, "adapter", f"--peak={name}", f"--batch={settings.batch}"]
+            command += [f"--resolution={settings.resolution}", f"--dtype={settings.dtype}"]
+            command += [f"--threads={settings.threads}", *(["--convolutions"] if settings.convolutions else [])]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
             peaks[name].append(float(done.stdout))
         print(f"  memory: process {process + 1} of {PROCESSES_FOR_MEMORY} of each", file=sys.stderr)
@@ -130,14 +153,15 @@ def measure_memory(args, candidates: list[str]) -> dict:
     return {name: {"peak GiB": peak, "memory to LoRA": peak / medians[REFERENCE]} for name, peak in medians.items()}
 
 
-def print_peak(args) -> None:
-    model = wrapped(stable_diffusion_unet(DTYPES[args.dtype]), args.peak, args.targets)
+def print_peak(settings: AdapterBenchmarkSettings, candidate: str) -> None:
+    """Print the peak resident memory of this process in GiB after two training steps of a candidate."""
+    model = wrapped(stable_diffusion_unet(DTYPES[settings.dtype]), candidate, targets_of(settings))
     for _ in range(2):
-        train_step(model, inputs(args.batch, args.resolution, DTYPES[args.dtype]))
+        train_step(model, inputs(settings.batch, settings.resolution, DTYPES[settings.dtype]))
     print(peak_resident_memory())
 
 
-def measure_rotation(rounds: int) -> list[dict]:
+def measure_rotation(rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of the part that does not see the batch: Cayley transform and composition, forward and backward."""
     from boft.shape import fits
     from boft.super_blocks import super_blocks
@@ -158,59 +182,69 @@ def measure_rotation(rounds: int) -> list[dict]:
     return rows
 
 
+def measure_all(settings: AdapterBenchmarkSettings, candidates: list[str]) -> dict[str, dict[str, Any]]:
+    """What is to be measured of each candidate, by the titles of the table's columns."""
+    results: dict[str, dict[str, Any]] = {name: {} for name in candidates}
+    tables = {
+        "step": lambda: measure_steps(settings, candidates, train_step, REFERENCE),
+        "inference": lambda: {
+            name: {"inference to base": row["to base"]}
+            for name, row in measure_steps(settings, candidates, inference_step, REFERENCE).items()
+        },
+        "wrap": lambda: measure_wrapping(settings, candidates[1:]),
+        "memory": lambda: measure_memory(settings, candidates),
+    }
+    for measure, table in tables.items():
+        if measure in settings.measure:
+            for name, row in table().items():
+                results[name] |= row
+    return results
+
+
 # Commands
 
 
-def adapter(args) -> None:
-    torch.set_num_threads(args.threads)
-    args.targets = RESNET_CONVOLUTIONS if args.convolutions else ATTENTION
-    if args.peak:
-        print_peak(args)
+def adapter(config: AdapterBenchmarkConfig) -> None:
+    """Measure adapters on the UNet of Stable Diffusion 1.5, and print the tables."""
+    settings = config.measurement
+    torch.set_num_threads(settings.threads)
+    if settings.peak is not None and settings.peak not in CANDIDATES:
+        raise InputError(f"--peak={settings.peak}: must be one of {', '.join(CANDIDATES)}")
+    if settings.peak:
+        print_peak(settings, settings.peak)
         return
     keep_freed_memory()
-    candidates = [name for name in CANDIDATES if not (args.convolutions and name in WITHOUT_CONVOLUTIONS)]
-    if args.candidates:
-        candidates = [name for name in candidates if any(part in name for part in args.candidates)]
+    candidates = [name for name in CANDIDATES if not (settings.convolutions and name in WITHOUT_CONVOLUTIONS)]
+    if settings.candidates:
+        candidates = [name for name in candidates if any(part in name for part in settings.candidates)]
         candidates = list(dict.fromkeys(["frozen UNet", REFERENCE, *candidates]))
 
-    results: dict[str, dict] = {name: {} for name in candidates}
-    tables = {
-        "step": lambda: measure_steps(args, candidates, train_step, REFERENCE),
-        "inference": lambda: {
-            name: {"inference to base": row["to base"]}
-            for name, row in measure_steps(args, candidates, inference_step, REFERENCE).items()
-        },
-        "wrap": lambda: measure_wrapping(args, candidates[1:]),
-        "memory": lambda: measure_memory(args, candidates),
-    }
-    for measure, table in tables.items():
-        if measure in args.measure:
-            for name, row in table().items():
-                results[name] |= row
-
+    results = measure_all(settings, candidates)
     print(
-        f"{machine(args.threads)}; SD 1.5 UNet, random weights, {args.dtype}, batch {args.batch}, "
-        f"latents {args.resolution}²"
+        f"{machine(settings.threads)}; SD 1.5 UNet, random weights, {settings.dtype}, batch {settings.batch}, "
+        f"latents {settings.resolution}²"
     )
-    print(f"targets: {', '.join(args.targets)}; medians over {args.rounds} interleaved rounds; seconds, GiB\n")
+    targets = ", ".join(targets_of(settings))
+    print(f"targets: {targets}; medians over {settings.rounds} interleaved rounds; seconds, GiB\n")
     rotation = []
     if any(results.values()):
         print_table(results)
-    if "rotation" in args.measure:
-        rotation = measure_rotation(args.rounds)
+    if "rotation" in settings.measure:
+        rotation = measure_rotation(settings.rounds)
         print(
             "\nCayley transform and composition of one layer, forward and backward, in milliseconds, for any batch:\n"
         )
         print_rotation_table(rotation)
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "run"}
-        content = {"machine": machine(args.threads), "settings": settings, "results": results, "rotation": rotation}
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
-        plot(results, args.plot, REFERENCE)
+    if settings.json:
+        given = {"command": "adapter", **vars(settings), "targets": targets_of(settings)}
+        content = {"machine": machine(settings.threads), "settings": given, "results": results, "rotation": rotation}
+        write(Path(settings.json), json.dumps(content, indent=2) + "\n")
+    if settings.plot:
+        plot(results, settings.plot, REFERENCE)
 
 
-def training(args) -> None:
+def training(config: TrainingBenchmarkConfig) -> None:
+    """Measure training loops, each in turn with the reference, and print the table."""
     import yaml
 
     from finetuning.studies.throughput import inputs as throughput_inputs
@@ -218,88 +252,69 @@ def training(args) -> None:
     from finetuning.studies.throughput.measure import REFERENCE as PLAIN_LORA
     from finetuning.studies.throughput.measure import Workload, measure
 
+    settings = config.measurement
     root = Path(__file__).resolve().parents[1]
     candidates, reference, embedded = LOOPS, PLAIN_LORA, root / "data" / "toyworld" / "base"
-    if args.grid:
-        content = yaml.safe_load(Path(args.grid).read_text(encoding="utf-8"))
+    if settings.grid:
+        content = yaml.safe_load(Path(settings.grid).read_text(encoding="utf-8"))
         candidates = {
             name: {**method["settings"], **({"boft_scale_learning_rate": 0} if method.get("scale_rate") == 0 else {})}
             for name, method in content["methods"].items()
         }
         reference = content["baseline"]
-        args.batch = content["settings"]["train_batch_size"]
-        args.precision = content["settings"].get("mixed_precision", "no")
-    if args.candidates:
-        candidates = {k: v for k, v in candidates.items() if k == reference or any(p in k for p in args.candidates)}
+        of_grid = content["settings"]
+        settings = replace(settings, batch=of_grid["train_batch_size"], precision=of_grid.get("mixed_precision", "no"))
+    if settings.candidates:
+        candidates = {
+            k: v for k, v in candidates.items() if k == reference or any(p in k for p in settings.candidates)
+        }
     if len(candidates) < 2:
-        said = f"--candidates={' '.join(args.candidates)}" if args.candidates else f"--grid={args.grid}"
+        said = f"--candidates={' '.join(settings.candidates)}" if settings.candidates else f"--grid={settings.grid}"
         raise InputError(f"{said}: names none beside the reference, {reference}")
-    if faults := [f"--{name}={getattr(args, name)}: must be 1 or more" for name in ("steps", "rounds")
-                  if getattr(args, name) < 1]:  # fmt: skip
-        raise InputError(*faults)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        base = embedded if args.base == "embedded" else args.base
-        if args.base == "sd15":
+        base = embedded if settings.base == "embedded" else settings.base
+        if settings.base == "sd15":
             base = throughput_inputs.write_stable_diffusion(Path(folder, "base"), embedded / "tokenizer")
-        images = throughput_inputs.write_images(Path(folder, "images"), args.resolution)
+        images = throughput_inputs.write_images(Path(folder, "images"), settings.resolution)
         work = Workload(
-            base=str(base), images=str(images), resolution=args.resolution, batch=args.batch, targets=args.targets,
-            precision=args.precision, steps=args.steps, warmup=min(args.warmup, args.steps - 1), threads=args.threads,
-        )  # fmt: skip
+            base=str(base),
+            images=str(images),
+            resolution=settings.resolution,
+            batch=settings.batch,
+            targets=settings.targets,
+            precision=settings.precision,
+            steps=settings.steps,
+            warmup=min(settings.warmup, settings.steps - 1),
+            threads=settings.threads,
+        )
         trainer = root / "train_dreambooth.py"
-        results = measure(candidates, reference, work, trainer, Path(folder), args.rounds)
+        results = measure(candidates, reference, work, trainer, Path(folder), settings.rounds)
     print(
-        f"{machine(args.threads)}; base {args.base}, mixed precision: {args.precision}, {args.batch} photos and as "
-        "many class images a step"
+        f"{machine(settings.threads)}; base {settings.base}, mixed precision: {settings.precision}, "
+        f"{settings.batch} photos and as many class images a step"
     )
-    print(f"{args.resolution} px, targets: {args.targets}; {reference} takes turns with each of the others, step by "
-          f"step, {args.rounds} rounds\n")  # fmt: skip
+    print(
+        f"{settings.resolution} px, targets: {settings.targets}; {reference} takes turns with each of the others, "
+        f"step by step, {settings.rounds} rounds\n"
+    )
     print_table(results)
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "run"}
-        content = {"machine": machine(args.threads), "settings": settings, "reference": reference, "results": results}
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if settings.json:
+        given = {"command": "training", **vars(settings)}
+        content = {"machine": machine(settings.threads), "settings": given, "reference": reference, "results": results}
+        write(Path(settings.json), json.dumps(content, indent=2) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+RUN: dict[type[Config], Callable[..., None]] = {AdapterBenchmarkConfig: adapter, TrainingBenchmarkConfig: training}
 
-    command = commands.add_parser("adapter", help="step time, memory, wrapping and inference of adapters on a UNet")
-    command.set_defaults(run=adapter)
-    command.add_argument("--batch", type=int, default=1, help="images per step")
-    command.add_argument("--resolution", type=int, default=32, help="edge of the latents; 64 is 512 pixels")
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and activations")
-    command.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
-    command.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
-    command.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a machine that others use too"
-    )
-    command.add_argument("--measure", nargs="+", choices=MEASURES, default=MEASURES, help="what to measure")
-    command.add_argument("--candidates", nargs="+", help="only candidates whose names contain one of these")
-    command.add_argument("--convolutions", action="store_true", help="adapt the 3 × 3 convolutions instead")
-    command.add_argument("--json", help="also write the figures to this file")
-    command.add_argument("--plot", help="also draw the step times to this file")
-    command.add_argument("--peak", choices=CANDIDATES, help=argparse.SUPPRESS)  # one candidate's process
 
-    command = commands.add_parser("training", help="step time and memory of whole training loops")
-    command.set_defaults(run=training)
-    command.add_argument("--base", default="embedded", help="embedded, sd15 (random weights), or a pipeline's folder")
-    command.add_argument("--grid", help="the methods of a comparison's YAML file, on its batch and in its precision")
-    command.add_argument("--batch", type=int, default=4, help="photos in a step; as many class images come on top")
-    command.add_argument("--resolution", type=int, default=64, help="side in pixels")
-    command.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
-    command.add_argument("--targets", default="attention", help="preset of the adapted layers, or all")
-    command.add_argument("--steps", type=int, default=12, help="of a round")
-    command.add_argument("--warmup", type=int, default=3, help="steps of a round that do not count")
-    command.add_argument("--rounds", type=int, default=3, help="how often each pair is run, in new processes")
-    command.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
-    command.add_argument("--candidates", nargs="+", help="only candidates whose names contain one of these")
-    command.add_argument("--json", help="also write the figures to this file")
+def main(argv: Sequence[str] | None = None) -> None:
+    benchmark(read_config(BENCHMARKS, argv, __doc__))
 
-    args = parser.parse_args(argv)
-    args.run(args)
+
+def benchmark(config: Config) -> None:
+    """Run the command whose settings these are."""
+    RUN[type(config)](config)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: benchmark(config)))

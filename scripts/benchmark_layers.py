@@ -7,37 +7,39 @@ A step of the whole UNet takes twenty times as long as what an adapter adds to i
 the other. Here are the layers without the rest, with random weights and inputs of the true sizes, without biases,
 forward and backward, each kind by itself and then all as one model; candidates take turns in one process; medians.
 
-The last rows tell what is contained in that and what cannot be spared: the solution of the rotations of all layers;
-and the products alone, those of the frozen layers, the grouped products with the rotations, and the prompt's
-product with the weight, without which its keys and values have no gradient of the rotation.
+The last two rows are parts of these times. "rotations" is the solution of the rotations of all layers. "products
+alone" is what no implementation can avoid: the products of the frozen layers, the grouped products with the rotations,
+and the product of the prompt with the weight, without which its keys and values give the rotation no gradient.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import finetuning  # noqa: F401 - first, for it quiets the libraries
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import LayerBenchmarkConfig
 
-# isort: split
+if __name__ == "__main__":
+    config = parse_or_exit(LayerBenchmarkConfig, __doc__)  # before the slow imports
+
+import torch
 from peft import LoraConfig, LoraModel
+from torch import nn
 
 import boft
 from boft.functional import prefers_weight_side
 from boft.rotation import in_groups, outer_blocks
 from boft.super_blocks import all_super_blocks
+from finetuning.files import write
 from finetuning.run.allocator import keep_freed_memory
 from finetuning.studies.throughput.turns import in_turn
 
@@ -54,7 +56,10 @@ REFERENCE = "LoRA r=16"
 
 @dataclass(frozen=True)
 class Shape:
-    """`tokens` rows of `d` features to `o`; whether something before the layer trains and wants a gradient."""
+    """A linear layer with `d` inputs and `o` outputs on `tokens` rows.
+
+    input_trains: whether something before the layer is trained, so that its input needs a gradient.
+    """
 
     tokens: int
     d: int
@@ -66,7 +71,7 @@ class Shape:
 
 
 def layers_of_unet() -> list[Shape]:
-    """The 128 layers: in each block q, k, v, out of self-attention, then q, out and, on the prompt, k, v."""
+    """The 128 layers: in each block q, k, v and out of self-attention, then q, out and, on the prompt, k and v."""
     shapes = []
     for c, (tokens, blocks) in WIDTHS.items():
         for block in range(blocks):
@@ -76,9 +81,9 @@ def layers_of_unet() -> list[Shape]:
 
 
 class Layers(nn.Module):
-    """Layers side by side."""
+    """Layers side by side, each with an input of its own."""
 
-    def __init__(self, shapes: list[Shape]):
+    def __init__(self, shapes: list[Shape]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(s.d, s.o, bias=False) for s in shapes).requires_grad_(False)
 
@@ -87,7 +92,7 @@ class Layers(nn.Module):
 
 
 def candidates(base: Layers) -> dict[str, nn.Module]:
-    """The layers with each adapter."""
+    """The layers without an adapter and with each of them, by title."""
     names = [f"layers.{i}" for i in range(len(base.layers))]
     models = {"frozen": base, REFERENCE: LoraModel(copy.deepcopy(base), LoraConfig(r=16, target_modules=names), "a")}
     for title, size in BOFT.items():
@@ -96,13 +101,13 @@ def candidates(base: Layers) -> dict[str, nn.Module]:
 
 
 def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each call, medians over rounds in turn."""
+    """Milliseconds of each call, as medians over rounds in which the calls take turns."""
     steps = {title: lambda call=call: timeit.timeit(call, number=1) for title, call in calls.items()}
     return {title: 1000 * statistics.median(seconds) for title, seconds in in_turn(steps, rounds).items()}
 
 
 def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-    """Forward, and backward where there is anything to."""
+    """One forward pass, and a backward pass through the outputs that need a gradient."""
     outputs = [(y, g) for y, g in zip(model(inputs), gradients) if y.requires_grad]
     if outputs:
         torch.autograd.backward(*map(list, zip(*outputs)))
@@ -112,6 +117,7 @@ def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Ten
 
 
 def measure_layers(shapes: list[Shape], rounds: int) -> dict[str, float]:
+    """Milliseconds of forward and backward of all these layers together, by candidate."""
     models = candidates(Layers(shapes))
     inputs = [torch.randn(1, s.tokens, s.d, requires_grad=s.input_trains) for s in shapes]
     gradients = [torch.randn(1, s.tokens, s.o) for s in shapes]
@@ -119,7 +125,7 @@ def measure_layers(shapes: list[Shape], rounds: int) -> dict[str, float]:
 
 
 def rotations() -> dict[str, list[list[torch.Tensor]]]:
-    """The stored parameters (m, D, b, b) of each BOFT candidate in all layers, in groups of the same m and b."""
+    """The parameters (m, D, b, b) of each BOFT candidate in all layers, in groups of equal m and b."""
     found = {}
     for title, model in candidates(Layers(layers_of_unet())).items():
         if title in BOFT:
@@ -141,13 +147,15 @@ def solve(groups: list[list[torch.Tensor]]) -> None:
 
 
 def super_block_size(d: int, boft_n_butterfly_factor: int, boft_block_size: int, boft_block_num: int = 0) -> int:
-    """K of a layer with d features."""
+    """K, the size of the blocks of the composed rotation, in a layer with d features."""
     return (boft_block_size or d // boft_block_num) << (boft_n_butterfly_factor - 1)
 
 
 def products(shapes: list[Shape]) -> dict[str, Callable[[], None]]:
-    """For each BOFT candidate, the products that no forward and backward pass can do without, as plain calls; for the
-    frozen layers theirs."""
+    """Calls that compute only the matrix products which a forward and backward pass cannot do without.
+
+    There is one for each BOFT candidate, and one for the frozen layers.
+    """
     tensors = [(torch.randn(s.tokens, s.d), torch.randn(s.tokens, s.o), torch.randn(s.o, s.d)) for s in shapes]
     sizes = {title: [super_block_size(s.d, **size) for s in shapes] for title, size in BOFT.items()}
     blocks = {title: [torch.randn(s.d // K, K, K) for s, K in zip(shapes, sizes[title])] for title in BOFT}
@@ -175,39 +183,37 @@ def products(shapes: list[Shape]) -> dict[str, Callable[[], None]]:
     return {"frozen": frozen} | {title: lambda t=title: rotated(t) for title in BOFT}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="interleaved rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="keep the result here")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark(read_config(LayerBenchmarkConfig, argv, __doc__))
+
+
+def benchmark(config: LayerBenchmarkConfig) -> int:
+    """Measure all layers with all candidates, and print the table; returns the exit code."""
+    rounds, threads, file = config.measurement.rounds, config.measurement.threads, config.measurement.json
+    threads = threads or torch.get_num_threads()
     keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
 
     shapes = layers_of_unet()
     rows: dict[str, dict[str, float]] = {}
     for shape in dict.fromkeys(shapes):
         group = [s for s in shapes if s == shape]
-        rows[f"{len(group)} of {shape}"] = measure_layers(group, args.rounds)
-    rows["all 128"] = measure_layers(shapes, args.rounds)
+        rows[f"{len(group)} of {shape}"] = measure_layers(group, rounds)
+    rows["all 128"] = measure_layers(shapes, rounds)
     parameters = rotations()
-    rows["rotations"] = measure({title: lambda p=p: solve(p) for title, p in parameters.items()}, args.rounds)
-    rows["products alone"] = measure(products(shapes), args.rounds)
+    rows["rotations"] = measure({title: lambda p=p: solve(p) for title, p in parameters.items()}, rounds)
+    rows["products alone"] = measure(products(shapes), rounds)
 
     titles = list(rows["all 128"])
-    print(f"milliseconds, forward and backward; medians of {args.rounds} rounds, {args.threads} threads\n")
+    print(f"milliseconds, forward and backward; medians of {rounds} rounds, {threads} threads\n")
     print("| layers | " + " | ".join(titles) + " |\n|---" + "|--:" * len(titles) + "|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[t]:.1f}" if t in row else "–" for t in titles) + " |")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"threads": args.threads, "rounds": args.rounds, "milliseconds": rows}, indent=1),
-            encoding="utf-8",
-        )
+    if file:
+        write(Path(file), json.dumps({"threads": threads, "rounds": rounds, "milliseconds": rows}, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(lambda argv: benchmark(config)))

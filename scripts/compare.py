@@ -9,12 +9,12 @@ First the learning rates of a method are tried on the subjects of `selection`; t
 the toy world. Means and 95 % confidence intervals are over subjects, the seeds of a subject having been averaged:
 pictures and seeds of one subject are not independent. Every run does as many steps; the table states what is trained.
 
-The same command may run several times at once, e.g. once a core with OMP_NUM_THREADS=1: each takes what no other has.
+The same command may run several times at once, e.g. once for each core with OMP_NUM_THREADS=1: each process takes runs
+that no other has taken.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -27,6 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import GridConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(GridConfig, __doc__)  # before the slow imports
+
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,7 +44,6 @@ from finetuning.files import save_picture
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.pictures.grid import grid as draw_grid
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import run_command
 from finetuning.settings.shared import EMBEDDED_BASE
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save, write_page
@@ -97,7 +102,7 @@ class ToySubjects:
         return found
 
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
-        """Scores of a run at a point beside the base model's; the end also leaves a strip of pictures, samples.png."""
+        """Score a run at a point, beside the base model. At its end, pictures go into samples.png."""
         if piece.subject not in self.judges:
             self.judges[piece.subject] = Judges(Path(grid.scoring.get("judge", TOYWORLD / "judge")), piece.subject)
         judges, base_name = self.judges[piece.subject], piece.settings(grid, self)["pretrained_model_name_or_path"]
@@ -111,7 +116,7 @@ class ToySubjects:
         return {**found, "base": base, "tuned": asdict(tuned)}
 
     def base(self, subject: str, name: str, grid: Grid) -> tuple[dict[str, float], Pictures]:
-        """The base model's scores and pictures, made once a subject and kept on disk."""
+        """The scores and pictures of the base model, which are made once for each subject and kept on disk."""
         path = grid.output_dir / "base" / f"{subject}.npz"
         key = json.dumps([name, grid.scoring])
         if not path.is_file():
@@ -127,14 +132,24 @@ class ToySubjects:
             return json.loads(str(found["scores"])), Pictures(**{n: found[n] for n in Pictures.__dataclass_fields__})
 
     def drawing(self, pipeline: DiffusionPipeline, grid: Grid) -> partial:
-        """How a pipeline draws what is scored."""
+        """The function that draws by a pipeline as the grid says."""
         pipeline.scheduler = choose_scheduler(pipeline, grid.scoring.get("scheduler"))
         steps, guidance = int(grid.scoring.get("steps", 25)), float(grid.scoring.get("guidance", 3))
         return partial(generate, pipeline, steps=steps, guidance=guidance)
 
 
 def load_point(run: Path, base: str, point: Point, is_end: bool) -> DiffusionPipeline:
-    """The pipeline that a run has trained, at one of its checkpoints and at a strength."""
+    """The pipeline that a run has trained, as it was at a checkpoint, at a strength.
+
+    Args:
+        run: folder of the run.
+        base: name of its base model.
+        point: the step of the checkpoint, and the strength of the adapter.
+        is_end: the step is the last one, so that the result of the run is loaded.
+
+    Raises:
+        InputError: if the checkpoint was removed.
+    """
     checkpoint = run / f"checkpoint-{point.step}"
     if is_end:
         pipeline = load_run(run)
@@ -160,7 +175,11 @@ def strip(pictures: Pictures) -> Image.Image:
 
 
 def samples(pieces: Sequence[Piece], grid: Grid) -> Image.Image | None:
-    """A row a method on the reported subject that most methods have seen: its new contexts, then the plain class."""
+    """The pictures of all methods, or None if there are none yet.
+
+    The subject is the reported one that most methods have finished. Each row is a method and shows the subject in new
+    contexts, then the plain class.
+    """
     done = [p for p in pieces if p.phase == "report" and (p.folder(grid) / "samples.png").is_file()]
     done = [piece for piece in done if piece.seed == grid.report.seeds[0]]
     if not done:
@@ -178,26 +197,22 @@ def samples(pieces: Sequence[Piece], grid: Grid) -> Image.Image | None:
 
 
 def cells(strip: Image.Image, indices: Sequence[int]) -> list[Image.Image]:
-    """Pictures of a strip by their places in it."""
+    """Cut pictures out of a strip. indices: their places in it; negative ones count from the end."""
     side = strip.height
     places = [index % (strip.width // side) * side for index in indices]
     return [strip.crop((x, 0, x + side, side)) for x in places]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, help="YAML file, see scripts/compare.yaml")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="run at most N pieces of what is missing; 0 = none, only the tables"
-    )
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
-    parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv, what made them to "
-                        "PATH.json and pictures to PATH.webp")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 0:
-        raise InputError(f"--limit={args.limit}: must be 0 or more")
+def main(argv: Sequence[str] | None = None) -> int:
+    return compare(read_config(GridConfig, argv, __doc__))
+
+
+def compare(config: GridConfig) -> int:
+    """Run what is missing, up to the limit, and write the tables of what is there; returns the exit code."""
+    comparison = config.comparison
+    path, output = Path(comparison.grid), Path(comparison.output_dir) if comparison.output_dir else None
     task = ToySubjects()
-    grid = read_grid(args.grid, task, args.output_dir)
+    grid = read_grid(path, task, output)
 
     reported = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
     planned = sum(grid.selection_runs().values()) + reported
@@ -207,20 +222,20 @@ def main(argv: list[str] | None = None) -> int:
             bar.n = sum(piece.is_complete(grid) for piece in pieces_of(grid, task))
             bar.set_postfix_str(name)
 
-        if not run_grid(grid, task, args.limit, say):
+        if not run_grid(grid, task, comparison.limit, say):
             return 130
         say("")
     pieces = pieces_of(grid, task)
-    command, folder = shlex.join(["python", "scripts/compare.py", str(args.grid)]), grid.output_dir / "results"
+    command, folder = shlex.join(["python", "scripts/compare.py", str(path)]), grid.output_dir / "results"
     rows, facts = read_rows(pieces, grid, task.scores), Facts.of(grid, task.scores, command)
     print(write_page(folder, rows, facts, grid))
     print(f"{folder}: README.md, rows.csv, tables as csv and md, plots")
-    if args.save:
-        save(args.save, rows, facts)
+    if comparison.save:
+        save(Path(comparison.save), rows, facts)
         if picture := samples(pieces, grid):
-            save_picture(picture, args.save.with_suffix(".webp"))
+            save_picture(picture, Path(comparison.save).with_suffix(".webp"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: compare(config)))

@@ -7,21 +7,27 @@
 
 A "subject" of the grid is a kind of control: canny, edges or mask. Learning rates are chosen on those of `selection`,
 by controls of the toy world's part "held out"; the best ones run on those of `report`, by controls of its part "test",
-which no training and no choice has seen. Each run goes through train_controlnet.py; scores: control_evaluation.py.
+which no training and no choice has seen. Each run goes through train_controlnet.py; its scores are those of
+`finetuning/control/scoring.py`.
 Pictures of the base without control are the floor, real renders the ceiling. The command may run several times at
-once; each takes what is free.
+once: each process takes runs that no other has taken.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import GridConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(GridConfig, __doc__)  # before the slow imports
 
 from finetuning.control.scoring import (
     CONTROLLED,
@@ -32,10 +38,8 @@ from finetuning.control.scoring import (
     draw_control_run,
     score_control_run,
 )
-from finetuning.errors import InputError
 from finetuning.evaluation.score_table import markdown, write, write_table
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
-from finetuning.settings.fields import run_command
 from finetuning.studies.comparison.answers import control_table, progress
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save
@@ -48,7 +52,10 @@ SCORES = ("edge_f1", "edge_iou", "mask_miou")
 
 
 class ToyControls:
-    """Kinds of control on the toy world. Keys of `scoring`: images, steps, guidance, precision of the pictures."""
+    """Kinds of control on the toy world, scored by how pictures follow their controls.
+
+    Keys of `scoring`: number of images; steps, guidance and precision of the pictures.
+    """
 
     trainer = Path(__file__).resolve().parents[1] / "train_controlnet.py"
     config = ControlNetConfig
@@ -67,7 +74,7 @@ class ToyControls:
         return {"dataset_name": "toyworld", "conditioning": piece.subject}
 
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
-        """Scores of a run's pictures, of those without control, and of real ones."""
+        """Score pictures of a run, pictures of the base without control, and real ones."""
         folder, scoring = piece.folder(grid), grid.scoring
         controls = Controls if piece.phase == "selection" else unseen_controls
         test = ControlTest.of(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
@@ -85,28 +92,26 @@ class ToyControls:
 
 
 def unseen_controls(kind: str, part: str) -> Controls:
-    """The toy world, measured on the part that no choice has seen."""
+    """The controls of the toy world, with the part "test", which no choice has seen, in the place of "held out"."""
     return Controls(kind, "test" if part == "held out" else part)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, help="YAML file, see scripts/compare_controls.yaml")
-    parser.add_argument("--limit", type=int, metavar="N", help="run at most N pieces of what is missing")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="instead of the file's")
-    parser.add_argument("--save", type=Path, metavar="PATH", help="also write the rows to PATH.csv and what made them "
-                        "to PATH.json, for scripts/summarize.py")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 0:
-        raise InputError(f"--limit={args.limit}: must be 0 or more")
-    task = ToyControls()
-    grid = read_grid(args.grid, task, args.output_dir)
+def main(argv: Sequence[str] | None = None) -> int:
+    return compare(read_config(GridConfig, argv, __doc__))
 
-    if not run_grid(grid, task, args.limit, print):
+
+def compare(config: GridConfig) -> int:
+    """Run what is missing, up to the limit, and write the tables of what is there; returns the exit code."""
+    comparison = config.comparison
+    path, output = Path(comparison.grid), Path(comparison.output_dir) if comparison.output_dir else None
+    task = ToyControls()
+    grid = read_grid(path, task, output)
+
+    if not run_grid(grid, task, comparison.limit, print):
         return 130
     pieces = pieces_of(grid, task)
     folder, rows = grid.output_dir / "results", read_rows(pieces, grid, SCORES)
-    facts = Facts.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(args.grid)]))
+    facts = Facts.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(path)]))
     page = f"# Control at equal steps ({facts.steps})\n\n"
     page += f"`{facts.command}`, {facts.date}, {facts.machine}: {progress(rows, facts)}\n"
     if found := control_table(rows, SCORES):
@@ -117,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     write(folder / "README.md", page)
     print(page)
     save(folder / "rows", rows, facts)
-    if args.save:
-        save(args.save, rows, facts)
+    if comparison.save:
+        save(Path(comparison.save), rows, facts)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: compare(config)))

@@ -6,28 +6,40 @@
     python scripts/evaluate.py toyworld data/output/dreambooth      # an embedded subject, by the toy world's own judge
     python scripts/evaluate.py controlnet data/output/controlnet    # how pictures follow the controls of a run
 
-`dreambooth` follows DreamBooth's protocol: 25 prompts, 4 pictures each; cosine over all real × generated pairs; CLIP-T
-by the prompt without the rare token; blackened pictures excluded and counted. Pictures and tables go into evaluation/
-of a run. To go on after an interruption, run the same command again. `pictures` scores what other programs have made.
-
-`toyworld` writes scores.json into the folder of each run and prints a table of the base models and the tuned ones.
+Pictures and tables go into evaluation/ of a run; `toyworld` also writes scores.json into the folder of each run. To go
+on after an interruption, run the same command again.
 
 `controlnet` detects the control again in pictures drawn by held-out controls and compares: edges (canny; IoU, and F1
 within 0.75 % of the diagonal), segments (mean IoU), landmarks of faces. Beside it stand pictures without control, the
-floor, and the real pictures, the ceiling. Where a detector fails, the picture is counted.
+floor, and the real pictures, the ceiling. Pictures in which a detector finds nothing are counted.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.settings.evaluation import (
+    CLIP,
+    COMMANDS,
+    DINO,
+    ControlScoreConfig,
+    DreamBoothScoreConfig,
+    EncoderSettings,
+    PictureScoreConfig,
+    ToyworldScoreConfig,
+)
+from finetuning.settings.fields import Config
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(COMMANDS, __doc__)  # before the slow imports
 
 import torch
 
@@ -45,10 +57,9 @@ from finetuning.evaluation.score_table import as_json, markdown, mean_of, write,
 from finetuning.evaluation.scores import Encoder, Preprocessing, load_clip, load_dino
 from finetuning.files import save_picture
 from finetuning.pictures.gallery import read_gallery, weights_of
-from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
+from finetuning.pictures.generation import choose_scheduler
 from finetuning.run.device import choose_device
 from finetuning.run_folder import COMPARISON
-from finetuning.settings.fields import run_command
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
 from toyworld.measure import generate
@@ -57,130 +68,132 @@ from toyworld.segmentation import load_segmentation
 from toyworld.subjects import SUBJECTS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "toyworld"
-DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-large-patch14"
 
 
 # Encoders
 
 
-def load_encoders(args: argparse.Namespace, is_toy: bool) -> Encoders:
-    """What the flags ask for; by default the protocol's models, and the embedded ones on the toy world.
+def load_encoders(chosen: EncoderSettings, device: torch.device, is_toy: bool) -> Encoders:
+    """The networks that the flags ask for. By default they are the protocol's, and the embedded ones on the toy world.
 
     Raises:
-        InputError: one cannot be loaded; names its flag.
+        InputError: if a network cannot be loaded; the message names its flag.
     """
-    lpips = load_lpips(args.lpips_alexnet, args.lpips_linear, args.device) if args.lpips else None
+    lpips = load_lpips(chosen.lpips_alexnet, chosen.lpips_linear, device) if chosen.lpips else None
     fidelity: dict[str, Encoder] = {}
-    if (dino := args.dino or ("none" if is_toy else DINO)) != "none":
-        fidelity["DINO"] = load_dino(dino, args.device)
+    if (dino := chosen.dino or ("none" if is_toy else DINO)) != "none":
+        fidelity["DINO"] = load_dino(dino, device)
     if is_toy and (DATA / "judge").is_dir():
-        fidelity["Judge"] = judge_encoder(DATA / "judge", args.device)
-    if (clip := args.clip or (str(DATA / "clip") if is_toy else CLIP)) != "none":
-        fidelity["CLIP-I"] = load_clip(clip, args.device)
+        fidelity["Judge"] = judge_encoder(DATA / "judge", device)
+    if (clip := chosen.clip or (str(DATA / "clip") if is_toy else CLIP)) != "none":
+        fidelity["CLIP-I"] = load_clip(clip, device)
     if not fidelity:
         raise InputError("--dino=none and --clip=none: nothing is left to score with; give one of them")
     return Encoders(fidelity, fidelity.get("CLIP-I"), lpips)
 
 
 def judge_encoder(folder: Path, device: torch.device) -> Encoder:
-    """The toy world's judge of individuals, which had no part in training."""
+    """The toy world's judge of individuals as an encoder. It had no part in training the base or an adapter."""
     judge = InstanceJudge.from_pretrained(folder / "instances").to(device).eval()
     half = (0.5, 0.5, 0.5)
     return Encoder("toyworld/judge", Preprocessing((64, 64), None, 3, half, half), judge, device=device)
 
 
 def is_toy(config: dict) -> bool:
-    """Whether a run's base is the embedded one, which other encoders know nothing of."""
+    """Whether a run was trained on the embedded base, whose pictures other encoders were not made for."""
     return Path(config["pretrained_model_name_or_path"]).resolve() == (DATA / "base").resolve()
 
 
 # Scoring
 
 
-def dreambooth(args: argparse.Namespace) -> dict:
-    """Score every run of a tree; returns what the tree's scores.json holds."""
-    runs = find_runs(args.runs)
+def dreambooth(config: DreamBoothScoreConfig) -> None:
+    """Score every run of a tree by DreamBooth's protocol."""
+    scored, root, device = config.scored, Path(config.scored.runs), choose_device(config.work.device)
+    runs = find_runs(root)
     configs = [load_run_config(run) for run in runs]
-    subjects = [read_subject(config, args.instance_data_dir, args.prompts, args.class_word) for config in configs]
-    of_kind = {kind: load_encoders(args, kind) for kind in dict.fromkeys(map(is_toy, configs))}
+    subjects = [
+        read_subject(run_config, scored.instance_data_dir, scored.prompts, scored.class_word) for run_config in configs
+    ]
+    of_kind = {kind: load_encoders(config.encoders, device, kind) for kind in dict.fromkeys(map(is_toy, configs))}
     drawing = dreambooth_scoring.Drawing(
-        images_per_prompt=args.images_per_prompt,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        device=args.device,
-        steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        precision=args.mixed_precision,
-        overwrite=args.overwrite,
+        images_per_prompt=scored.images_per_prompt,
+        seed=config.drawing.seed,
+        batch_size=config.work.batch_size,
+        device=device,
+        steps=config.drawing.num_inference_steps,
+        guidance_scale=config.drawing.guidance_scale,
+        precision=config.drawing.mixed_precision,
+        overwrite=config.drawing.overwrite,
     )
     results = [
-        score_run(run, config, subject, of_kind[is_toy(config)], drawing)
-        for run, config, subject in zip(runs, configs, subjects)
+        score_run(run, run_config, subject, of_kind[is_toy(run_config)], drawing)
+        for run, run_config, subject in zip(runs, configs, subjects)
     ]
-    names = [str(run.relative_to(args.runs)) if run != args.runs else run.name for run in runs]
+    names = [str(run.relative_to(root)) if run != root else run.name for run in runs]
     rows = [summary(result, run=name) for name, result in zip(names, results)]
     table_rows = list(rows)
     if len(rows) > 1:
         table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORES if s in rows[0]}})
-        folder = args.runs / "evaluation"
+        folder = root / "evaluation"
         write_table(folder, "subjects", table_rows)
         write_table(folder, "prompts", [{"run": n, **row} for n, r in zip(names, results) for row in r["prompts"]])
-        save_picture(overview(runs, names, subjects, args.images_per_prompt), folder / "grid.png")
+        save_picture(overview(runs, names, subjects, scored.images_per_prompt), folder / "grid.png")
     real = [{**result["real"], "run": "real photos"} for result in results]
-    if scored := {s: mean_of(real, s) for s in SCORES if s in real[0]}:
-        table_rows.append({"run": "real photos", **scored})
+    if means := {s: mean_of(real, s) for s in SCORES if s in real[0]}:
+        table_rows.append({"run": "real photos", **means})
     print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORES) if c in rows[0]]))
     result = {"runs": dict(zip(names, results)), "table": table_rows}
     if len(rows) > 1:
-        write(args.runs / "evaluation" / "scores.json", as_json(result))
-    print(f"{args.runs / 'evaluation'}: tables (csv, md, json), pictures and grid.png")
-    return result
+        write(root / "evaluation" / "scores.json", as_json(result))
+    print(f"{root / 'evaluation'}: tables (csv, md, json), pictures and grid.png")
 
 
-def pictures(args: argparse.Namespace) -> dict:
+def pictures(config: PictureScoreConfig) -> None:
     """Score pictures that were made elsewhere."""
-    templates = read_templates(args.prompts)
-    words = Words("", args.class_word)
-    images, each = read_gallery(args.generated, templates, "--generated")
-    photos = find_images(args.real, "--real")
+    scored, generated = config.scored, Path(config.scored.generated)
+    templates = read_templates(scored.prompts)
+    words = Words("", scored.class_word)
+    images, each = read_gallery(generated, templates, "--generated")
+    photos = find_images(Path(scored.real), "--real")
     texts = [words.without_token(t) for t in templates]
-    encoders = load_encoders(args, is_toy=False)
+    encoders = load_encoders(config.encoders, choose_device(config.work.device), is_toy=False)
     repeated = [text for text in texts for _ in range(each)]
-    result = score_all(args.generated.name, images, repeated, texts, photos, encoders, args.batch_size)
+    result = score_all(generated.name, images, repeated, texts, photos, encoders, config.work.batch_size)
     result = {"protocol": {"encoders": encoders.describe()}, **result}
-    folder = args.output or args.generated / "evaluation"
+    folder = Path(scored.output) if scored.output else generated / "evaluation"
     write(folder / "scores.json", as_json(result))
     write_table(folder, "prompts", result["prompts"])
-    rows = [summary(result, of=str(args.generated)), {"of": "real photos", **result["real"]}]
+    rows = [summary(result, of=str(generated)), {"of": "real photos", **result["real"]}]
     write_table(folder, "subjects", rows)
     print(markdown(rows))
-    return result
 
 
-def toyworld(args: argparse.Namespace) -> dict[str, dict]:
-    """Score runs on embedded subjects beside their base, {run: what its scores.json holds}; what is scored is kept."""
-    runs = find_runs(args.runs)
+def toyworld(config: ToyworldScoreConfig) -> None:
+    """Score runs on embedded subjects beside their base; runs that have been scored in the same way are left alone."""
+    scored, root, device = config.scored, Path(config.scored.runs), choose_device(config.scored.device)
+    runs = find_runs(root)
     subjects = [embedded_subject(load_run_config(run)) for run in runs]
-    draw = partial(generate, steps=args.num_inference_steps, guidance=args.guidance_scale)
-    record = {"steps": args.num_inference_steps, "guidance": args.guidance_scale, "scheduler": args.scheduler}
-    judged: dict[tuple, tuple] = {}  # of each subject and base
+    draw = partial(generate, steps=scored.num_inference_steps, guidance=scored.guidance_scale)
+    record = {"steps": scored.num_inference_steps, "guidance": scored.guidance_scale, "scheduler": scored.scheduler}
+    judged: dict[tuple, tuple] = {}  # (subject, base) to the judges, and the scores and pictures of the base
 
     def drawing(pipeline) -> partial:
-        pipeline.scheduler = choose_scheduler(pipeline, args.scheduler)
+        pipeline.scheduler = choose_scheduler(pipeline, scored.scheduler)
         return partial(draw, pipeline)
 
     results = {}
     for run, subject in zip(runs, subjects):
-        name, path = str(run.relative_to(args.runs)) if run != args.runs else run.name, run / "scores.json"
+        name, path = str(run.relative_to(root)) if run != root else run.name, run / "scores.json"
         key = {"scoring": record, "weights": weights_of(run)}
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if {k: found.get(k) for k in key} != key:
             which = subject, load_run_config(run)["pretrained_model_name_or_path"]
             if which not in judged:
                 judges = Judges(DATA / "judge", subject)
-                judged[which] = judges, *score(drawing(load_base(which[1]).to(args.device)), judges, word="")
+                judged[which] = judges, *score(drawing(load_base(which[1]).to(device)), judges, word="")
             judges, base, pictures = judged[which]
-            tuned, _ = score(drawing(load_run(run).to(args.device)), judges, base=pictures)
+            tuned, _ = score(drawing(load_run(run).to(device)), judges, base=pictures)
             found = {"subject": subject, **key, "base": asdict(base), "tuned": asdict(tuned)}
             write(path, as_json(found))
         results[name] = found
@@ -192,17 +205,16 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
     print(markdown(rows))
     print("subject: 0 = like any other of its class, 1 = the subject itself")
     if len(runs) > 1:
-        write_table(args.runs / "evaluation", "toyworld", rows)
+        write_table(root / "evaluation", "toyworld", rows)
     elif (picture := runs[0] / COMPARISON).is_file():
         print(f"the picture: {picture}")
-    return results
 
 
 def embedded_subject(config: dict) -> str:
-    """The name of a run's subject.
+    """The name of the subject of a run.
 
     Raises:
-        InputError: the toy world does not know it.
+        InputError: if it is not one of the toy world's subjects.
     """
     card = Path(config["instance_data_dir"]) / "subject.json"
     subject = json.loads(card.read_text(encoding="utf-8"))["name"] if card.is_file() else None
@@ -214,144 +226,54 @@ def embedded_subject(config: dict) -> str:
     return subject
 
 
-def controlnet(args: argparse.Namespace) -> list[dict]:
-    """Score a ControlNet run; returns the table's rows."""
-    more = {"landmarks": load_landmarks(str(args.device))} if args.landmarks else {}
+def controlnet(config: ControlScoreConfig) -> None:
+    """Score how the pictures of a ControlNet run follow their controls."""
+    scored, run, device = config.scored, Path(config.scored.run), choose_device(config.work.device)
+    more = {"landmarks": load_landmarks(str(device))} if scored.landmarks else {}
     test = ControlTest.of(
-        args.runs,
+        run,
         lambda kind, part: Controls(kind, "test" if part == "held out" else part),
         load_segmentation,
-        count=args.images,
-        segmentation_model=args.segmentation_model,
+        count=scored.images,
+        segmentation_model=scored.segmentation_model,
         more=more,
     )
     drawing = Drawing(
-        seed=args.seed,
-        steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        scale=args.controlnet_conditioning_scale,
-        guess_mode=args.guess_mode,
-        precision=args.mixed_precision,
-        batch_size=args.batch_size,
-        device=args.device,
+        seed=config.drawing.seed,
+        steps=config.drawing.num_inference_steps,
+        guidance_scale=config.drawing.guidance_scale,
+        scale=scored.controlnet_conditioning_scale,
+        guess_mode=scored.guess_mode,
+        precision=config.drawing.mixed_precision,
+        batch_size=config.work.batch_size,
+        device=device,
     )
-    floor = None if args.only_draw else args.runs / "evaluation" / "without_control"
-    drawn = draw_control_run(args.runs, test, drawing, every=args.every, overwrite=args.overwrite, floor=floor)
-    rows = [] if args.only_draw else score_control_run(args.runs, test, drawn)
+    floor = None if scored.only_draw else run / "evaluation" / "without_control"
+    drawn = draw_control_run(run, test, drawing, every=scored.every, overwrite=config.drawing.overwrite, floor=floor)
+    rows = [] if scored.only_draw else score_control_run(run, test, drawn)
     print(markdown(rows) if rows else "drawn, not scored")
-    print(f"control, result, overlay: {args.runs / 'evaluation' / 'grid.png'}; tables beside it")
-    return rows
+    print(f"control, result, overlay: {run / 'evaluation' / 'grid.png'}; tables beside it")
 
 
-# Flags
+# The command line
+
+RUN: dict[type[Config], Callable[..., None]] = {
+    DreamBoothScoreConfig: dreambooth,
+    PictureScoreConfig: pictures,
+    ToyworldScoreConfig: toyworld,
+    ControlScoreConfig: controlnet,
+}
 
 
-def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the pictures' noise (default: 0)")
-    parser.add_argument("--num_inference_steps", type=at_least(1), metavar="N", help="(default: as in the run)")
-    parser.add_argument("--guidance_scale", type=float, metavar="X", help="(default: as in the run)")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of the generation")
-    parser.add_argument("--overwrite", action="store_true", help="make pictures anew that were made otherwise")
+def main(argv: Sequence[str] | None = None) -> int:
+    return evaluate(read_config(COMMANDS, argv, __doc__))
 
 
-def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="pictures at a time")
-    add_device_flag(parser)
-
-
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="where everything runs (default: the fastest there is)")
-
-
-def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dino", metavar="NAME", help=f"DINO ViT: hub name, local folder, or none (default: {DINO})")
-    parser.add_argument("--clip", metavar="NAME", help=f"CLIP: hub name, local folder, or none (default: {CLIP})")
-    parser.add_argument("--lpips", action="store_true", help="also LPIPS, which needs the two files below")
-    parser.add_argument("--lpips_alexnet", metavar="FILE", help="torchvision's alexnet-owt-7be5be79.pth")
-    parser.add_argument("--lpips_linear", metavar="FILE", help="the lpips package's weights/v0.1/alex.pth")
-    add_batch_flags(parser)
-
-
-def at_least(least: int):
-    """An argparse type: whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("dreambooth", help="a run or a tree of runs, by DreamBooth's protocol")
-    command.add_argument("runs", type=Path, help="the --output_dir of a run, or a folder with several")
-    command.add_argument(
-        "--instance_data_dir", metavar="DIR", help="the photos, if they are no longer where they were"
-    )
-    command.add_argument(
-        "--class_word", metavar="WORD", help="of the subject, e.g. mug (default: found in the prompts)"
-    )
-    command.add_argument(
-        "--prompts", metavar="FILE", help="templates with {} for the subject (default: the protocol's)"
-    )
-    command.add_argument("--images_per_prompt", type=at_least(1), default=4, metavar="N", help="(default: 4)")
-    add_drawing_flags(command)
-    add_encoder_flags(command)
-    command.set_defaults(run=dreambooth)
-
-    command = commands.add_parser("pictures", help="pictures that were made elsewhere")
-    command.add_argument("--generated", type=Path, required=True, metavar="DIR", help="pictures, prompt after prompt")
-    command.add_argument("--real", type=Path, required=True, metavar="DIR", help="photos of the subject")
-    command.add_argument("--prompts", required=True, metavar="FILE", help="templates with {} for the subject")
-    command.add_argument("--class_word", required=True, metavar="WORD", help="what CLIP-T calls the subject")
-    command.add_argument("--output", type=Path, metavar="DIR", help="(default: evaluation/ beside the pictures)")
-    add_encoder_flags(command)
-    command.set_defaults(run=pictures)
-
-    command = commands.add_parser("toyworld", help="embedded subjects, by the toy world's own judge")
-    command.add_argument("runs", type=Path, help="the --output_dir of a run, or a folder with several")
-    command.add_argument("--num_inference_steps", type=at_least(1), default=25, metavar="N", help="(default: 25)")
-    command.add_argument("--guidance_scale", type=float, default=3.0, metavar="X", help="(default: 3)")
-    command.add_argument(
-        "--scheduler", choices=SCHEDULERS, help="e.g. dpm++, of which 12 steps do (default: the base's)"
-    )
-    add_device_flag(command)
-    command.set_defaults(run=toyworld)
-
-    command = commands.add_parser("controlnet", help="a run of train_controlnet.py: how controls are followed")
-    command.add_argument("runs", type=Path, metavar="run", help="the --output_dir of a run")
-    command.add_argument("--images", type=at_least(1), metavar="N", help="held-out samples (default: as in the run)")
-    command.add_argument("--every", type=at_least(1), default=4, metavar="N", help="the grid shows every N-th sample")
-    command.add_argument("--controlnet_conditioning_scale", type=float, metavar="X", help="(default: as in the run)")
-    command.add_argument("--only_draw", action="store_true", help="pictures by the controls, without scores")
-    command.add_argument("--guess_mode", action="store_true", help="no control in the unconditional half of guidance")
-    command.add_argument(
-        "--segmentation_model", metavar="NAME", help="also segments by this SegFormer, e.g. of the hub"
-    )
-    command.add_argument("--landmarks", action="store_true", help="also landmarks of faces, by face_alignment")
-    add_drawing_flags(command)
-    add_batch_flags(command)
-    command.set_defaults(run=controlnet)
-    args = parser.parse_args(argv)
-    if "device" in args:
-        args.device = choose_device(args.device)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = read_arguments(argv)
-    args.run(args)
+def evaluate(config: Config) -> int:
+    """Run the command whose settings these are; returns the exit code."""
+    RUN[type(config)](config)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: evaluate(config)))

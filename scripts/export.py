@@ -14,70 +14,30 @@ higher ranks than LoRA is trained with, for a rotation is not of low rank; peft:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.adapters.choice import AdapterChoice, load_chosen
+from finetuning.settings.inference import ExportConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(ExportConfig, __doc__)  # before the slow imports
+
+from finetuning.adapters.choice import load_chosen
 from finetuning.adapters.pipelines import mix_adapters
 from finetuning.errors import InputError
-from finetuning.export.formats import DTYPES, Truncation, how_to_load, save_for_peft, save_lora, save_single_file
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.export.formats import Truncation, how_to_load, save_for_peft, save_lora, save_single_file
 from finetuning.settings.folders import check_writable
-
-FORMATS = ("single-file", "lora", "peft")
-
-
-@dataclass
-class ExportSettings(Group):
-    """Result"""
-
-    format: str | None = setting(None, "What to write.", choices=FORMATS)
-    output: str | None = setting(None, "The file (single-file and lora: .safetensors) or the folder (peft).")
-    rank: str = setting("auto", "lora: rank of every layer, or auto = the smallest that keeps --energy of it.")
-    energy: float | None = setting(
-        None,
-        "lora: share of a layer's squared change that auto keeps. None = 0.95, and all of a LoRA.",
-        above=0,
-        maximum=1,
-    )
-    precision: str = setting(
-        "fp32", "Of the stored numbers; an adapter for peft is always fp32.", choices=tuple(DTYPES)
-    )
-    mix: bool = setting(False, "Combine several adapters into one first, by their strengths.")
-
-    def faults(self) -> Iterator[str]:
-        for name in ("format", "output"):
-            if getattr(self, name) is None:
-                yield f"--{name}: needed" + (f", one of {', '.join(FORMATS)}" if name == "format" else "")
-        if self.format in ("single-file", "lora") and not str(self.output).endswith(".safetensors"):
-            yield f"--output={self.output}: --format={self.format} writes a file; its name must end in .safetensors"
-        if self.rank != "auto" and not (self.rank.isdigit() and int(self.rank)):
-            yield f"--rank={self.rank}: must be auto or a whole number, 1 or more"
-        if self.format != "lora" and self.rank != "auto":
-            yield f"--rank={self.rank}: belongs to --format=lora"
-        if self.rank != "auto" and self.energy is not None:
-            yield f"--energy={self.energy}: has no effect with --rank={self.rank}; drop one of the two"
-        if self.format == "peft" and self.precision != "fp32":
-            yield f"--precision={self.precision}: an adapter for peft is always fp32; drop the flag"
-
-
-@dataclass
-class ExportConfig(Config):
-    """Everything that export.py can be told."""
-
-    result: ExportSettings
-    adapters: AdapterChoice
-
-    def faults(self) -> Iterator[str]:
-        if not self.adapters.adapter:
-            yield "--adapter: needed, the folder of a run"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(ExportConfig, argv, __doc__)
+    export(read_config(ExportConfig, argv, __doc__))
+
+
+def export(config: ExportConfig) -> None:
+    """Load the base with the chosen adapters, write them in a format, and print what the format cannot hold."""
     result, output = config.result, Path(config.result.output)
     if output.exists():
         raise InputError(f"--output={output}: exists already; give another name")
@@ -102,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_table(report: Sequence[Truncation]) -> None:
-    """A line a layer: its rank, the most it can have, the share of its squared change that the rank keeps."""
+    """Print for each layer its rank, its full rank, and the share of its squared change that the rank keeps."""
     width = max(len(row.layer) for row in report)
     print(f"{'layer':{width}}  rank  of  energy kept")
     for row in report:
@@ -112,4 +72,4 @@ def print_table(report: Sequence[Truncation]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: export(config)))

@@ -1,5 +1,4 @@
 #!/usr/bin/env python
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
 """Draw pictures with trained adapters.
 
     python scripts/generate.py --adapter data/output/dreambooth --prompt "a photo of qwe mug in the snow" --base
@@ -8,30 +7,34 @@
     python scripts/generate.py --adapter runs/mug:0.5 runs/robot:0.5 --mix --each --prompt prompts.txt
     python scripts/generate.py --adapter data/output/controlnet --control edges.png --prompt "a photo of a red mug"
 
-Writes one PNG a picture, with its parameters in it as text, and all of them as grid.png.
+Each picture becomes a PNG that holds its parameters as text; grid.png shows all of them.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.inference import GenerateConfig, PictureSettings
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(GenerateConfig, __doc__)  # before the slow imports
+
 from PIL import Image
 
-from finetuning.adapters.choice import AdapterChoice, find_run_setting, load_chosen, parse_adapter, parse_strength
+from finetuning.adapters.choice import find_run_setting, load_chosen, parse_adapter, parse_strength
 from finetuning.adapters.pipelines import get_strengths, mix_adapters, set_strength
 from finetuning.control.loading import load_control_run
 from finetuning.control.pipeline import read_controls
 from finetuning.dataset.stream import read_prompts
 from finetuning.files import save_picture
 from finetuning.pictures.generation import (
-    SCHEDULERS,
     PictureOrder,
     check_size,
     choose_scheduler,
@@ -41,73 +44,18 @@ from finetuning.pictures.generation import (
 from finetuning.pictures.grid import grid
 from finetuning.run.device import choose_device
 from finetuning.run.run import DTYPES
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 from finetuning.settings.folders import check_writable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-@dataclass
-class PictureSettings(Group):
-    """Pictures"""
-
-    prompt: list[str] = setting([], "One or more prompts, or a .txt file with one a line.")
-    negative_prompt: str = setting("", "What the pictures should not show.")
-    seed: list[int] = setting([0], "One or more; each prompt is drawn once a seed.", minimum=0)
-    strength: str = setting(
-        "1", "One or more numbers with commas; each multiplies the adapters' own strengths and makes a column."
-    )
-    mix: bool = setting(False, "Combine the adapters into one, by their strengths, instead of one after the other.")
-    control: str | None = setting(None, "Control image for the run of train_controlnet.py that --adapter names.")
-    controlnet_conditioning_scale: float = setting(1.0, "Strength of the control.", minimum=0)
-    base: bool = setting(False, "Also draw what the base model answers, beside the others.")
-    each: bool = setting(False, "Also draw with each adapter alone, as it was trained, beside the others.")
-    scheduler: str | None = setting(None, "How noise is removed. None = the model's own.", choices=tuple(SCHEDULERS))
-    num_inference_steps: int | None = setting(None, "Denoising steps. None = as in the run, or 25.", minimum=1)
-    guidance_scale: float | None = setting(None, "Classifier-free guidance. None = as in the run, or 7.5.", minimum=0)
-    resolution: int | None = setting(None, "Side in pixels. None = the model's own.", minimum=8)
-    batch_size: int = setting(8, "Pictures at a time.", minimum=1)
-    output_dir: str = setting("data/output/generated", "Folder of the PNGs and of grid.png.")
-    grid: str | None = setting(None, "Where the grid goes instead; a .webp is smaller than a .png.")
-    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
-    precision: str = setting("fp32", "Of the arithmetic.", choices=("fp32", "bf16", "fp16"))
-
-    def faults(self) -> Iterator[str]:
-        if not self.prompt:
-            yield "--prompt: needed, e.g. --prompt 'a photo of qwe mug in the snow'"
-        if self.grid is not None and Path(self.grid).suffix not in (".png", ".webp"):
-            yield f"--grid={self.grid}: must end in .png or .webp"
-        if self.precision == "fp16" and self.device == "cpu":
-            yield "--precision=fp16: needs a GPU; use bf16 or fp32"
-
-
-@dataclass
-class GenerateConfig(Config):
-    """Everything that generate.py can be told."""
-
-    pictures: PictureSettings
-    adapters: AdapterChoice
-
-    def faults(self) -> Iterator[str]:
-        if not self.adapters.adapter:
-            for name in ("mix", "base", "each"):
-                if getattr(self.pictures, name):
-                    yield f"--{name}: needs --adapter; add one or drop this"
-            if self.pictures.strength != "1":
-                yield f"--strength={self.pictures.strength}: needs --adapter; add one or drop this"
-        control, scale = self.pictures.control, self.pictures.controlnet_conditioning_scale
-        if control is None and scale != 1:
-            yield f"--controlnet_conditioning_scale={scale:g}: needs --control; add one or drop this"
-        if control is not None and len(self.adapters.adapter) != 1:
-            yield f"--control={control}: needs one --adapter, the --output_dir of a run of train_controlnet.py"
-        for name in ("mix", "base", "each") if control is not None else ():
-            if getattr(self.pictures, name):
-                yield f"--{name}: has no meaning with --control; drop one of the two"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(GenerateConfig, argv, __doc__)
+    draw_pictures(read_config(GenerateConfig, argv, __doc__))
+
+
+def draw_pictures(config: GenerateConfig) -> None:
+    """Load the pipeline, draw all columns, and write the pictures and the grid."""
     pictures, output = config.pictures, Path(config.pictures.output_dir)
     prompts = read_prompts(pictures.prompt, "--prompt")
     factors = [parse_strength(text, f"--strength={pictures.strength}") for text in pictures.strength.split(",")]
@@ -156,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: DiffusionPipeline) -> list[PictureOrder]:
-    """A picture for each prompt and seed, by the settings of the adapter's run where none are given."""
+    """The order of a picture for each prompt and seed. What is not given is as in the adapter's run."""
     pictures, adapters = config.pictures, config.adapters
     guidance_scale = pictures.guidance_scale
     if guidance_scale is None:
@@ -180,9 +128,12 @@ def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: Diffu
 def columns_of(
     pictures: PictureSettings, own: dict[str, float], factors: Sequence[float]
 ) -> dict[str, dict[str, float]]:
-    """{title of a column: strengths of the adapters in it}.
+    """The columns of the grid: the strengths of the adapters in each column, by its title.
 
-    own: the strength of each adapter; factors: what all of them are multiplied by, a column each.
+    Args:
+        pictures: which columns are asked for.
+        own: the strength of each adapter, by its name on the pipeline.
+        factors: numbers that all strengths are multiplied by; each makes a column.
     """
     columns: dict[str, dict[str, float]] = {"base model": {}} if pictures.base else {}
     columns |= {f"{name} alone": {name: 1.0} for name in own} if pictures.each else {}
@@ -196,7 +147,10 @@ def columns_of(
 
 
 def arrange(orders: Sequence[PictureOrder], drawn: dict[str, list[Image.Image]]) -> Image.Image:
-    """Prompts and seeds downwards, strengths to the right; without adapters seeds to the right."""
+    """The grid: a row for each prompt and seed, a column for each strength.
+
+    If there is only one strength, there is a row for each prompt and a column for each seed.
+    """
     if len(drawn) == 1:
         (pictures,) = drawn.values()
         seeds, prompts = list(dict.fromkeys(w.seed for w in orders)), list(dict.fromkeys(w.prompt for w in orders))
@@ -207,9 +161,9 @@ def arrange(orders: Sequence[PictureOrder], drawn: dict[str, list[Image.Image]])
 
 
 def slug(text: str) -> str:
-    """A file name of what a text says; texts that differ in their first 60 letters have different ones."""
+    """The beginning of a text as a file name of at most 60 letters."""
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")[:60]
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: draw_pictures(config)))

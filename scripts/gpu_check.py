@@ -12,7 +12,6 @@ whose results are there. docs/gpu.md says what each tells. The exit code is 1 if
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 try:
     from finetuning.errors import InputError
-    from finetuning.settings.fields import run_command
+    from finetuning.settings.reading import read_config, run_command
+    from finetuning.settings.studies import GpuCheckConfig
     from finetuning.studies.gpu_check import found
     from finetuning.studies.gpu_check.summary import write_summary
     from finetuning.studies.gpu_check.supervisor import STAGES, supervise
@@ -33,31 +33,21 @@ except ModuleNotFoundError as error:  # of PyYAML; the others are looked for bel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=8, help="all stages together take no longer (default: 8)")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
-                        help=f"some of {', '.join(STAGES)}")  # fmt: skip
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
-    parser.add_argument("--tiny", action="store_true", help="small shapes and few steps: figures mean nothing")
-    args = parser.parse_args(argv)
-    if not 0 < args.minutes < 24 * 60:
-        raise InputError(f"--minutes={args.minutes}: must be more than 0, and less than a day")
-    if args.device == "cpu" and not args.tiny:
-        raise InputError("--device=cpu: real shapes would take hours there; add --tiny to rehearse")
+    check = read_config(GpuCheckConfig, argv, __doc__).check
+    output = Path(check.output)
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output={args.output}: cannot be made ({error.strerror}); give another folder") from None
+        raise InputError(f"--output={output}: cannot be made ({error.strerror}); give another folder") from None
 
     print("\n".join(found.packages(ROOT / "constraints.txt")), flush=True)
-    stages = {name: stage for name, stage in STAGES.items() if name in args.only}
+    stages = {name: stage for name, stage in STAGES.items() if name in check.only}
     try:
         is_well = supervise(
-            stages, args.device, args.tiny, args.output, 60 * args.minutes, lambda text: print(text, flush=True)
+            stages, check.device, check.tiny, output, 60 * check.minutes, lambda text: print(text, flush=True)
         )
     finally:
-        summary = write_summary(args.output)
+        summary = write_summary(output)
     print(f"results: {summary}")
     return 0 if is_well else 1
 

@@ -9,7 +9,6 @@ anywhere, also in the middle of a save (use --checkpointing_steps=1 to make save
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -20,32 +19,47 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from finetuning.settings.reading import parse_or_exit, read_config, run_command, split_at_dashes
+from finetuning.settings.studies import KillConfig
 
-from finetuning.errors import InputError  # noqa: E402
-from finetuning.run_folder import STATE  # noqa: E402
-from finetuning.settings.fields import run_command  # noqa: E402
+if __name__ == "__main__":
+    own, training = split_at_dashes()
+    config = parse_or_exit(KillConfig, __doc__, own)  # before the slow imports
+
+import torch
+from safetensors.torch import load_file
+
+from finetuning.errors import InputError
+from finetuning.run_folder import STATE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="processes to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    at = argv.index("--") if "--" in argv else len(argv)
-    options, training = parser.parse_args(argv[:at]), argv[at + 1 :]
+    own, training = split_at_dashes(argv)
+    return kill_and_compare(read_config(KillConfig, own, __doc__), training)
+
+
+def kill_and_compare(config: KillConfig, training: Sequence[str]) -> int:
+    """Test the training that is begun by these flags of train_dreambooth.py; returns the exit code."""
     if not training:
         raise InputError("flags of train_dreambooth.py are needed after --")
     with tempfile.TemporaryDirectory() as folder:
-        return kill_test(training, options.kills, random.Random(options.seed), Path(folder))
+        return kill_test(training, config.kills.kills, random.Random(config.kills.seed), Path(folder))
 
 
 def kill_test(training: Sequence[str], kills: int, moments: random.Random, folder: Path) -> int:
-    """Returns 0 if every run that was killed and resumed ended like the one left alone."""
+    """Train once without interruption, then train, kill and resume until enough processes were killed.
+
+    Args:
+        training: flags of train_dreambooth.py.
+        kills: how many processes are killed.
+        moments: decides when.
+        folder: where the runs are written.
+
+    Returns:
+        0 if every run that was killed and resumed ended with the bits of the uninterrupted one, otherwise 1.
+    """
     alone = folder / "alone"
     started = time.monotonic()
     if code := os.waitstatus_to_exitcode(os.waitpid(start(training, alone), 0)[1]):
@@ -63,7 +77,7 @@ def kill_test(training: Sequence[str], kills: int, moments: random.Random, folde
             code = end(child, moments.uniform(0, duration) if killed < kills else None)
             killed += code == -signal.SIGKILL
             survived = code == 0
-            if survived and is_fresh:  # faster than the run left alone, which made what is kept, or was disturbed
+            if survived and is_fresh:  # perhaps faster than the uninterrupted run, which also made the class images
                 duration = min(duration, time.monotonic() - started)
             is_fresh = False
             if code not in (0, -signal.SIGKILL):
@@ -78,7 +92,7 @@ def kill_test(training: Sequence[str], kills: int, moments: random.Random, folde
 
 
 def start(training: Sequence[str], output: Path, log: Path | None = None) -> int:
-    """A child process that trains; a fork, so that libraries are loaded once."""
+    """Start a child process that trains, and return its id. It is a fork, so that libraries are loaded only once."""
     import train_dreambooth
 
     child = os.fork()
@@ -94,7 +108,7 @@ def start(training: Sequence[str], output: Path, log: Path | None = None) -> int
 
 
 def end(child: int, patience: float | None) -> int:
-    """Wait for a child and kill it after `patience` seconds, None = never; returns its exit code."""
+    """Wait for a child process and return its exit code. patience: seconds after which it is killed. None = never."""
     deadline = None if patience is None else time.monotonic() + patience
     while True:
         found, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
@@ -108,7 +122,7 @@ def end(child: int, patience: float | None) -> int:
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
-    """What a run has trained, and its last optimizer state."""
+    """What a run has trained, and the optimizer state of its last checkpoint, by name."""
     found = {}
     for path in sorted(output.glob("unet/*.safetensors")) + sorted(output.glob("text_encoder/*.safetensors")):
         found |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}
@@ -120,4 +134,4 @@ def tensors(output: Path) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: kill_and_compare(config, training)))

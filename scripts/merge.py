@@ -9,45 +9,29 @@ python scripts/merge.py --adapter runs/mug:0.8 runs/robot:0.6 --output_dir data/
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetuning.adapters.choice import AdapterChoice, load_chosen
+from finetuning.settings.inference import MergeConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(MergeConfig, __doc__)  # before the slow imports
+
+from finetuning.adapters.choice import load_chosen
 from finetuning.errors import InputError
-from finetuning.export.formats import DTYPES, save_pipeline
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
+from finetuning.export.formats import save_pipeline
 from finetuning.settings.folders import check_writable
 
 
-@dataclass
-class MergeSettings(Group):
-    """Result"""
-
-    output_dir: str | None = setting(None, "Folder of the merged pipeline; empty or not there yet.")
-    precision: str = setting("fp32", "Of the stored weights.", choices=tuple(DTYPES))
-
-    def faults(self) -> Iterator[str]:
-        if self.output_dir is None:
-            yield "--output_dir: needed, the folder of the merged pipeline"
-
-
-@dataclass
-class MergeConfig(Config):
-    """Everything that merge.py can be told."""
-
-    result: MergeSettings
-    adapters: AdapterChoice
-
-    def faults(self) -> Iterator[str]:
-        if not self.adapters.adapter:
-            yield "--adapter: needed, the folder of a run"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(MergeConfig, argv, __doc__)
+    merge(read_config(MergeConfig, argv, __doc__))
+
+
+def merge(config: MergeConfig) -> None:
+    """Load the base with the chosen adapters, merge them, and write the pipeline."""
     folder = Path(config.result.output_dir)
     check_writable(folder, "--output_dir")
     if folder.is_dir() and any(folder.iterdir()):
@@ -59,4 +43,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: merge(config)))

@@ -1,25 +1,30 @@
-"""Draws which inputs reach which outputs of a butterfly rotation, for one, two and three factors.
+#!/usr/bin/env python
+"""Draw which inputs reach which outputs of a butterfly rotation, for one, two and three factors.
 
 python scripts/plot_butterfly.py boft/butterfly.png
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import ButterflyConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(ButterflyConfig, __doc__)  # before the slow imports
 
 import matplotlib
 import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import finetuning  # noqa: F401 - first, for it quiets the libraries
-
-# isort: split
 from boft.cayley import cayley, skew
 from boft.rotation import apply_blocks, apply_factor, compose
 
@@ -30,8 +35,10 @@ def random_factors(d: int, b: int, m: int) -> torch.Tensor:
     return cayley(skew(torch.randn(m, d // b, b, b, generator=generator)))
 
 
-def draw_wires(axes, d: int, b: int, m: int) -> None:
-    """Inputs at the top, outputs at the bottom, one layer of wires a factor; in blue what the first input reaches."""
+def draw_wires(axes: Axes, d: int, b: int, m: int) -> None:
+    """Draw the wires from inputs (top) to outputs (bottom), a layer for each factor. What the first input reaches is
+    blue.
+    """
     Q, identity = random_factors(d, b, m), torch.eye(d)
     reached = {0}
     for depth, i in enumerate(reversed(range(m))):
@@ -48,8 +55,8 @@ def draw_wires(axes, d: int, b: int, m: int) -> None:
     axes.axis("off")
 
 
-def draw_matrix(axes, d: int, b: int, m: int) -> None:
-    """The entries of B that are not zero."""
+def draw_matrix(axes: Axes, d: int, b: int, m: int) -> None:
+    """Draw which entries of the rotation matrix are not zero."""
     B = apply_blocks(torch.eye(d), compose(random_factors(d, b, m)))
     axes.imshow(B.abs() > 1e-6, cmap="Blues", vmin=0, vmax=1.6)
     numbers = m * (d // b) * b * (b - 1) // 2
@@ -58,20 +65,20 @@ def draw_matrix(axes, d: int, b: int, m: int) -> None:
     axes.set_yticks([])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="the picture to write")
-    parser.add_argument("--features", type=int, default=16, help="d")
-    parser.add_argument("--block", type=int, default=4, help="b")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    plot(read_config(ButterflyConfig, argv, __doc__))
 
+
+def plot(config: ButterflyConfig) -> None:
+    """Draw wires and matrices of one, two and three factors, and write the picture."""
+    d, b = config.picture.features, config.picture.block
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), height_ratios=(1, 1), layout="constrained")
     for column, m in enumerate((1, 2, 3)):
-        draw_wires(axes[0, column], args.features, args.block, m)
-        draw_matrix(axes[1, column], args.features, args.block, m)
-    figure.suptitle(f"d = {args.features} features, blocks of b = {args.block}")
-    figure.savefig(args.path, dpi=110)
+        draw_wires(axes[0, column], d, b, m)
+        draw_matrix(axes[1, column], d, b, m)
+    figure.suptitle(f"d = {d} features, blocks of b = {b}")
+    figure.savefig(config.picture.path, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(lambda argv: plot(config)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Find a subject and its prompts; print them, one `key<tab>value` a line.
+"""Find a subject and its prompts, and print each of them as a line `key<tab>value`.
 
     python scripts/prepare_dataset.py embedded [NAME]       of data/toyworld/subjects, by default the first
     python scripts/prepare_dataset.py dreambooth 27         of google/dreambooth, 0 … 29 in alphabetical order
@@ -10,7 +10,6 @@ data/dreambooth/dataset, and otherwise fetched from GitHub at a pinned commit.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.dreambooth.subjects import dreambooth_subject, embedded_subject
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import read_config, run_command
+from finetuning.settings.studies import SUBJECTS, DreamBoothSubjectConfig, EmbeddedSubjectConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    embedded = kinds.add_parser("embedded")
-    embedded.add_argument("name", nargs="?", default="")
-    photos = kinds.add_parser("dreambooth")
-    photos.add_argument("index", type=int)
-    photos.add_argument("--token", default="qwe", help="the rare word that names the subject")
-    options = parser.parse_args(argv)
-    if options.kind == "embedded":
-        lines = embedded_subject(options.name)
-    else:
-        lines = dreambooth_subject(options.index, options.token)
+    config = read_config(SUBJECTS, argv, __doc__)
+    if isinstance(config, EmbeddedSubjectConfig):
+        lines = embedded_subject(config.subject.name)
+    elif isinstance(config, DreamBoothSubjectConfig):
+        lines = dreambooth_subject(config.subject.index, config.subject.token)
     print("\n".join("\t".join(line) for line in lines))
 
 

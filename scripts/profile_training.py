@@ -11,7 +11,6 @@ disturbs both alike; times are those of the fastest step, in processor time of t
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -19,29 +18,36 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetuning.settings.reading import parse_or_exit, read_config, run_command, split_at_dashes
+from finetuning.settings.studies import ProfileConfig
+
+if __name__ == "__main__":
+    own, training = split_at_dashes()
+    config = parse_or_exit(ProfileConfig, __doc__, own)  # before the slow imports
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that processor time is time
 
-from finetuning.run.clock import PHASES, Clock  # noqa: E402
-from finetuning.settings.dreambooth import DreamBoothConfig  # noqa: E402
-from finetuning.settings.fields import read_config, run_command  # noqa: E402
-from train_dreambooth import DreamBooth  # noqa: E402
+from finetuning.run.clock import PHASES, Clock
+from finetuning.settings.dreambooth import DreamBoothConfig
+from train_dreambooth import DreamBooth
 
+ROOT = Path(__file__).resolve().parents[1]
 MUG = [
     f"--instance_data_dir={ROOT / 'data/toyworld/subjects/mug'}", "--instance_prompt=a photo of qwe mug",
     "--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=16", "--guidance_scale=3",
     "--train_batch_size=6", "--use_boft", "--boft_block_size=8", "--boft_n_butterfly_factor=2",
 ]  # fmt: skip
 WITHOUT = ["--no_cache_latents", "--no_pre_compute_text_embeddings"]
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 2  # steps that do not count
 REST, ALL = "the rest", "all"
 
 
 class Profiler:
-    """Watches a trainer and notes the processor time of each step, by phase."""
+    """Watches a trainer and notes the processor time of each step in seconds, by phase."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
     def begins(self, step: int) -> None:
@@ -54,20 +60,20 @@ class Profiler:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="of a run, the first two not counted")
-    parser.add_argument("--rounds", type=int, default=3, help="runs with caches, and as many without")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the mug's runs")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    at = argv.index("--") if "--" in argv else len(argv)
-    options, training = parser.parse_args(argv[:at]), argv[at + 1 :]
+    own, training = split_at_dashes(argv)
+    return compare_times(read_config(ProfileConfig, own, __doc__), training)
+
+
+def compare_times(config: ProfileConfig, training: Sequence[str]) -> int:
+    """Profile a training, by default the mug's, with and without caches in turn, and print its fastest steps."""
+    measurement = config.measurement
     if not training:
-        class_images = ROOT / "data/class_images" / f"profile-{options.precision}"
-        training = [*MUG, f"--class_data_dir={class_images}", f"--mixed_precision={options.precision}"]
+        class_images = ROOT / "data/class_images" / f"profile-{measurement.precision}"
+        training = [*MUG, f"--class_data_dir={class_images}", f"--mixed_precision={measurement.precision}"]
     times: dict[str, list[dict[str, float]]] = {"with caches": [], "without": []}
-    for _ in range(options.rounds):
+    for _ in range(measurement.rounds):
         for name, more in {"with caches": [], "without": WITHOUT}.items():
-            times[name] += profile([*training, *more, f"--max_train_steps={options.steps}"])
+            times[name] += profile([*training, *more, f"--max_train_steps={measurement.steps}"])
     fastest = [min(steps, key=lambda step: step[ALL]) for steps in times.values()]
     print(f"{'':16}" + "".join(f"{name:>22}" for name in times))
     for part in (*PHASES, REST, ALL):
@@ -77,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def profile(training: Sequence[str]) -> list[dict[str, float]]:
-    """Processor seconds of a run's steps, by part."""
+    """Train, and return the processor time of each step in seconds, by phase."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*training, f"--output_dir={folder}/output", "--report_to=none"]
         trainer, profiler = DreamBooth(read_config(DreamBoothConfig, arguments)), Profiler()
@@ -89,4 +95,4 @@ def profile(training: Sequence[str]) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: compare_times(config, training)))

@@ -13,42 +13,29 @@ repository to what follows it, others to their last name. To do the same at the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.inference import PushConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(PushConfig, __doc__)  # before the slow imports
+
 from finetuning.errors import InputError
 from finetuning.publishing.hub import open_repository, shared_files
 from finetuning.run_folder import CARD
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
-
-
-@dataclass
-class PushSettings(Group):
-    """Upload"""
-
-    run: str | None = setting(None, "Folder of the run.")
-    hub_model_id: str | None = setting(None, "Repository, owner/name. None = the folder's name, of the token's user.")
-    hub_token: str | None = setting(
-        None, "Token for the hub. None = the one of HF_TOKEN or of `hf auth login`.", secret=True
-    )
-
-    def faults(self) -> Iterator[str]:
-        if self.run is None:
-            yield "--run: needed, the folder of a run"
-
-
-@dataclass
-class PushConfig(Config):
-    """Everything that push.py can be told."""
-
-    upload: PushSettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    upload = read_config(PushConfig, argv, __doc__).upload
+    push(read_config(PushConfig, argv, __doc__))
+
+
+def push(config: PushConfig) -> None:
+    """Check that a run has ended, and upload it."""
+    upload = config.upload
     run = Path(upload.run)
     if not (run / CARD).is_file():
         raise InputError(f"--run={run}: holds no {CARD}; give the folder of a run that has ended")
@@ -57,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: push(config)))

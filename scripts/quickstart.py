@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train by a recipe of recipes/, score what came out, and say where it is: what `make` does, without a shell.
+"""Train by a recipe of recipes/, score the result, and say where it is. This is what `make` does, without a shell.
 
     python scripts/quickstart.py dreambooth           the embedded mug, or what SUBJECT in the environment names
     python scripts/quickstart.py controlnet           light control by the edges of the toy world
@@ -32,7 +32,7 @@ from finetuning.recipes import (  # noqa: E402
 )
 from finetuning.settings.control import ControlNetConfig  # noqa: E402
 from finetuning.settings.dreambooth import DreamBoothConfig  # noqa: E402
-from finetuning.settings.fields import run_command  # noqa: E402
+from finetuning.settings.reading import run_command  # noqa: E402
 from finetuning.settings.secrets import hand_over  # noqa: E402
 
 ONLY_TRAIN = "--only_train"
@@ -67,9 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], is_last: bool = False) -> int:
-    """Run a program to its end; returns its exit code. The last one takes this process's place where that is possible.
+    """Run a program to its end, and return its exit code.
 
-    Ctrl-C at a terminal reaches it by itself, SIGTERM through this process; it saves, and ends.
+    Ctrl-C at a terminal reaches the program by itself; this process passes SIGTERM on to it. It then saves and ends.
+
+    Args:
+        command: the program and its arguments.
+        environment: variables of the program.
+        is_last: nothing follows, so that the program may replace this process, where the system can do that.
     """
     if is_last and os.name == "posix":
         os.execve(command[0], command, environment)

@@ -3,28 +3,35 @@
 
     python scripts/report.py data/output/dreambooth
 
-Works while a run is still going, too; scores appear in it after scripts/evaluate.py.
+It also works while a run is still training. Scores appear in it after scripts/evaluate.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.evaluation import ReportConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(ReportConfig, __doc__)  # before the slow imports
+
 from finetuning.publishing.report import write_report
-from finetuning.settings.fields import run_command
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="+", help="the --output_dir of a run, or of several")
-    for run in parser.parse_args(argv).run:
-        print(write_report(run))
-    return 0
+def main(argv: Sequence[str] | None = None) -> None:
+    report(read_config(ReportConfig, argv, __doc__))
+
+
+def report(config: ReportConfig) -> None:
+    """Write the reports, and print where they are."""
+    for run in config.runs.run:
+        print(write_report(Path(run)))
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: report(config)))

@@ -5,30 +5,32 @@
     python scripts/summarize.py                                                             # the pages, from the files
     python scripts/summarize.py --results=DIR page.md                                       # other files, another page
 
-What stands between `<!-- NAME -->` and `<!-- end -->` is written by this command, the rest by people. A file that is
-not there yet leaves "Not yet." in its places.
+This command writes what stands between `<!-- NAME -->` and `<!-- end -->`; people write the rest. Where a result file
+is missing, the text is "Not yet."
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+from finetuning.settings.studies import SummaryConfig
+
+if __name__ == "__main__":
+    config = parse_or_exit(SummaryConfig, __doc__)  # before the slow imports
+
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import Row, markdown, write
-from finetuning.settings.fields import run_command
 from finetuning.studies.comparison import answers, page, plots
 from finetuning.studies.comparison.results import choose_table, criterion, ends, summary, where, with_intervals
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 SHORT = ("subject_new", "context", "others", "leak", "drift")
 LEVELS = (0.5, 0.8, 0.9)
 PAIRS = (  # that the questions are about
@@ -50,7 +52,7 @@ RESULTS = "{results}"  # in links: the folder of the results, as the page sees i
 
 
 def main_blocks(folder: Path) -> dict[str, str]:
-    """The texts that follow from the comparison, and its plots."""
+    """The blocks that follow from the comparison alone, by name; plots are written into the folder."""
     names = ("progress", "selection", "means", "verdicts", "differences", "pictures", "steps", "depth", "strengths")
     blocks = dict.fromkeys((*names, "strength-cost", "comparison"), NOT_YET)
     if not (folder / "compare.csv").is_file():
@@ -87,16 +89,17 @@ def main_blocks(folder: Path) -> dict[str, str]:
 
 
 def bullets(sentences: Iterable[str]) -> str:
+    """A list in Markdown."""
     return "".join(f"* {sentence}\n" for sentence in sentences)
 
 
 def image(path: Path, text: str) -> str:
-    """A link to a plot or picture, if it is there."""
+    """A link to a plot or picture, or nothing if the file does not exist."""
     return f"\n![{text}]({RESULTS}/{path.name})\n" if path.is_file() else ""
 
 
 def time_blocks(folder: Path) -> dict[str, str]:
-    """The text that needs the seconds of a step too."""
+    """The block that follows from the comparison and the seconds of a training step."""
     if not (folder / "compare.csv").is_file() or not (folder / "training-grid.json").is_file():
         return {"times": NOT_YET}
     rows, _ = page.load(folder / "compare")
@@ -109,6 +112,7 @@ def time_blocks(folder: Path) -> dict[str, str]:
 
 
 def ablation_blocks(folder: Path) -> dict[str, str]:
+    """The block of the ablation, with the comparison's runs of `OTHERS` beside it."""
     if not (folder / "ablation.csv").is_file():
         return {"ablation": NOT_YET}
     rows, facts = page.load(folder / "ablation")
@@ -124,7 +128,7 @@ def ablation_blocks(folder: Path) -> dict[str, str]:
 
 
 def beside(rows: list[Row], folder: Path) -> list[Row]:
-    """The comparison's runs of `OTHERS` on the same subjects and seeds, as at the end of training."""
+    """The comparison's rows of `OTHERS`, at the end of training, on the subjects and seeds of the given rows."""
     if not (folder / "compare.csv").is_file():
         return []
     runs = {(row["individual"], row["seed"]) for row in ends(rows, "report")}
@@ -134,6 +138,7 @@ def beside(rows: list[Row], folder: Path) -> list[Row]:
 
 
 def control_blocks(folder: Path) -> dict[str, str]:
+    """The blocks of the comparison of controls."""
     blocks = dict.fromkeys(("controls", "control-rates"), NOT_YET)
     if not (folder / "controls.csv").is_file():
         return blocks
@@ -148,6 +153,7 @@ def control_blocks(folder: Path) -> dict[str, str]:
 
 
 def speed_blocks(folder: Path) -> dict[str, str]:
+    """The blocks of the training benchmarks."""
     blocks = {}
     for name in ("training-embedded", "training-sd15"):
         blocks[name] = NOT_YET
@@ -159,10 +165,15 @@ def speed_blocks(folder: Path) -> dict[str, str]:
 
 
 def fill(path: Path, blocks: dict[str, str], folder: Path) -> set[str]:
-    """Write a page's blocks anew; returns their names.
+    """Write the blocks of a page anew, and return their names.
+
+    Args:
+        path: the page.
+        blocks: all texts that there are, by name of the block.
+        folder: the result files, to which links lead.
 
     Raises:
-        InputError: the page has a block that nothing fills, or none.
+        InputError: if the page has no block, or one that is not among `blocks`.
     """
     text = path.read_text(encoding="utf-8")
     there = set(re.findall(r"<!-- ([\w-]+) -->", text)) - {"end"}
@@ -178,25 +189,22 @@ def fill(path: Path, blocks: dict[str, str], folder: Path) -> set[str]:
     return there
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, help="whose blocks are written")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR", help="the files")
-    args = parser.parse_args(argv)
-    for path in args.pages:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give the page whose tables are to be written")
-    if not args.results.is_dir():
-        raise InputError(f"--results={args.results}: no such folder; give the one with compare.csv and so on")
+def main(argv: Sequence[str] | None = None) -> int:
+    return summarize(read_config(SummaryConfig, argv, __doc__))
+
+
+def summarize(config: SummaryConfig) -> int:
+    """Write the blocks of all pages; returns the exit code."""
+    folder = Path(config.pages.results)
     blocks = {}
     for part in (main_blocks, time_blocks, ablation_blocks, control_blocks, speed_blocks):
-        blocks |= part(args.results)
-    for path in args.pages:
-        names = fill(path, blocks, args.results)
+        blocks |= part(folder)
+    for path in map(Path, config.pages.pages):
+        names = fill(path, blocks, folder)
         there = sum(not blocks[name].startswith("Not yet") for name in names)
         print(f"{path}: {there} of {len(names)} parts are there")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: summarize(config)))

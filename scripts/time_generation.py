@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 
-"""Measure what adapters cost per prompt: the base, the same with adapters on it, and with them merged, in turns.
+"""Measure what adapters cost per prompt: the base, the base with adapters, and the base with merged adapters, in turn.
 
     python scripts/time_generation.py --adapter data/output/dreambooth --rounds 15
 
@@ -14,46 +14,32 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from finetuning.settings.inference import TimingConfig
+from finetuning.settings.reading import parse_or_exit, read_config, run_command
+
+if __name__ == "__main__":
+    config = parse_or_exit(TimingConfig, __doc__)  # before the slow imports
+
 import torch
 
-from finetuning.adapters.choice import AdapterChoice, find_run_setting, load_chosen
+from finetuning.adapters.choice import find_run_setting, load_chosen
 from finetuning.adapters.pipelines import merge_adapter, unload_adapter
 from finetuning.evaluation.score_table import markdown
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.run.device import choose_device
-from finetuning.settings.fields import Config, Group, read_config, run_command, setting
-
-
-@dataclass
-class TimingSettings(Group):
-    """Timing"""
-
-    prompt: str = setting("a photo of qwe mug in the snow", "What is drawn.")
-    rounds: int = setting(15, "How often each is timed; one more round before warms up.", minimum=3)
-    num_inference_steps: int = setting(25, "Denoising steps.", minimum=1)
-    device: str | None = setting(None, "cuda, mps, cpu. None = the fastest there is.")
-
-
-@dataclass
-class TimingConfig(Config):
-    """Everything that time_generation.py can be told."""
-
-    timing: TimingSettings
-    adapters: AdapterChoice
-
-    def faults(self) -> Iterator[str]:
-        if not self.adapters.adapter:
-            yield "--adapter: needed, the folder of a run"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = read_config(TimingConfig, argv, __doc__)
+    time_generation(read_config(TimingConfig, argv, __doc__))
+
+
+def time_generation(config: TimingConfig) -> None:
+    """Load the three pipelines, draw by each of them in turn, and print the table."""
     timing, device = config.timing, choose_device(config.timing.device)
     pipelines = {
         name: load_chosen(config.adapters, device)[0] for name in ("base model", "adapters on it", "adapters merged")
@@ -77,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{clock} of one picture, {timing.num_inference_steps} steps, {size} pixels, {device}{threads}")
 
 
-def seconds_of(work, device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes: processor time on a CPU, time by the clock on a GPU."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     started = clock()
     work()  # which ends with pixels on the CPU, so that a GPU has finished
@@ -85,6 +72,7 @@ def seconds_of(work, device: torch.device) -> float:
 
 
 def row(name: str, seconds: Sequence[float], base: Sequence[float]) -> dict[str, object]:
+    """A row of the table. seconds: of each round; base: seconds of the base model in the same rounds."""
     quotients = sorted(mine / other for mine, other in zip(seconds, base))
     low, middle, high = statistics.quantiles(quotients, n=4)
     return {
@@ -96,4 +84,4 @@ def row(name: str, seconds: Sequence[float], base: Sequence[float]) -> dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda argv: time_generation(config)))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 SECONDS = 60  # after which something hangs
 

@@ -27,7 +27,7 @@ from finetuning.control.loading import load_control_run
 from finetuning.control.network import HintEncoder
 from finetuning.files import save_picture
 from finetuning.pictures.generation import PictureOrder, draw
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from scripts import app
 
 SELECT_ALL, DELETE = "\ue009a\ue009", "\ue017"

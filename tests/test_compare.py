@@ -15,7 +15,7 @@ import yaml
 from test_evaluation import load_script
 
 from finetuning.errors import InputError, RunError
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.studies.comparison import page, plots, results, running
 from finetuning.studies.comparison.grid import Part, Point, read_grid
 from finetuning.studies.comparison.running import lock, run_missing

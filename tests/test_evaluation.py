@@ -38,7 +38,7 @@ from finetuning.evaluation.scores import (
     score_pictures,
     text_scores,
 )
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -389,7 +389,7 @@ def test_wrong_input_is_one_line(runs, encoders, tmp_path, capsys):
         ("dreambooth", runs / "runs", "--batch_size=0"): "--batch_size",
         ("toyworld", runs / "runs" / "one"): "not an embedded subject",
         ("toyworld", tmp_path / "empty"): "holds no training run",
-        ("toyworld",): "required",
+        ("toyworld",): "runs: needed, the --output_dir of a run",
         ("pictures", f"--generated={tmp_path / 'empty'}", f"--real={runs / 'photos'}", *rest): "--generated=",
         ("pictures", f"--generated={runs / 'photos'}", f"--real={tmp_path / 'empty'}", *rest): "--real=",
     }

@@ -30,7 +30,7 @@ from finetuning.export.formats import (
 )
 from finetuning.export.original_layout import original_layout
 from finetuning.pictures.generation import PictureOrder, draw
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from scripts import export, merge
 
 

@@ -38,7 +38,7 @@ from finetuning.errors import InputError
 from finetuning.models.loading import load_stable_diffusion
 from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.settings.control import ControlNetConfig
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 from toyworld.controls import Controls
 
 CASES = 150

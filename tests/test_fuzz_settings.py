@@ -30,7 +30,8 @@ from finetuning.control.loading import load_control_run
 from finetuning.control.network import make_full, make_light
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import fields_of, read_config
+from finetuning.settings.fields import fields_of
+from finetuning.settings.reading import read_config
 from finetuning.training.checkpoint import MANIFEST, _listing
 from scripts import export, generate, merge
 from train_controlnet import ControlNet

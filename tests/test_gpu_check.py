@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.settings import studies as settings
 from finetuning.studies.gpu_check import found
 from finetuning.studies.gpu_check.supervisor import STAGES, Stage, supervise
 
@@ -162,6 +163,7 @@ def test_a_stage_that_fails_is_put_down_and_the_next_one_runs(tmp_path, helping_
 
 
 def test_only_the_stages_that_are_asked_for(tmp_path):
+    assert tuple(STAGES) == settings.STAGES
     done = command("--output", tmp_path, "--only", "stage_of_nobody")
     assert done.returncode == 2 and "stage_of_nobody" in done.stderr and "kernels" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -177,7 +179,7 @@ def test_only_the_stages_that_are_asked_for(tmp_path):
     ("arguments", "said"),
     [
         (("--device", "cpu"), "--device=cpu: real shapes would take hours there; add --tiny"),
-        (("--minutes", "0"), "--minutes=0.0: must be more than 0"),
+        (("--minutes", "0"), "--minutes=0.0: must be greater than 0"),
         (("--device", "cuda", "--only", "kernels"), "--device=cuda: torch"),
     ],
 )

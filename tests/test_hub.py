@@ -27,7 +27,7 @@ from finetuning.adapters.pipelines import load_adapter, load_base, load_run
 from finetuning.control.card import control_card
 from finetuning.publishing.hub import open_repository, permission_fault, shared_files
 from finetuning.publishing.model_card import licence_of, model_card, shared_card
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from scripts import push
 
 TOKEN = "hf_SecretOfTheTest"

@@ -11,8 +11,9 @@ from PIL import Image
 from test_inference import MAKERS, write_run
 
 from finetuning.adapters.adapter import ADAPTER_WEIGHTS
-from finetuning.pictures.generation import read_parameters
-from finetuning.settings.fields import run_command
+from finetuning.pictures.generation import SCHEDULERS, read_parameters
+from finetuning.settings import inference as settings
+from finetuning.settings.reading import run_command
 from scripts import export, generate, merge, time_generation
 
 
@@ -73,7 +74,8 @@ def test_generate_mixes_and_takes_files_and_schedulers(run, toy_base, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red mug\n\na red cat\n")
     out = tmp_path / "out"
-    for scheduler in generate.SCHEDULERS:
+    assert tuple(SCHEDULERS) == settings.SCHEDULERS
+    for scheduler in SCHEDULERS:
         assert script(
             generate, "--adapter", f"{run}:0.5", f"{other}:0.5", "--mix", "--each", "--prompt", prompts,
             "--scheduler", scheduler, "--num_inference_steps", 2, "--output_dir", out / scheduler,

@@ -16,8 +16,8 @@ from training import flags, prior_flags, run
 
 from finetuning.errors import InputError
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import read_config
 from finetuning.settings.folders import is_same, lies_inside
+from finetuning.settings.reading import read_config
 from finetuning.training.checkpoint import Checkpoints, SaveError, write_folder
 
 STEP = ("--max_train_steps=1",)

@@ -15,7 +15,6 @@ import yaml
 
 from finetuning.errors import InputError
 from finetuning.recipes import (
-    RECIPES,
     check_scored,
     control_command,
     dreambooth_command,
@@ -26,7 +25,7 @@ from finetuning.recipes import (
 )
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import read_config, run_command
+from finetuning.settings.reading import read_config, run_command
 from finetuning.settings.shared import EMBEDDED_BASE
 from scripts import quickstart
 
@@ -59,7 +58,7 @@ def test_the_embedded_base_is_known_by_its_folder(spelling, tmp_path, monkeypatc
                               ({"MODEL_NAME": "x/y"}, ["--pretrained_model_name_or_path", spelling])):  # fmt: skip
         for kind, told in (("dreambooth", dreambooth_command(environment, None, more)),
                            ("controlnet", control_command(environment, more))):  # fmt: skip
-            assert flag_in(told, "--config") == str(RECIPES / f"{kind}-embedded.yaml")
+            assert flag_in(told, "--recipe") == f"{kind}-embedded"
             assert flag_in(told, "--pretrained_model_name_or_path") == spelling
         assert threads({}, spelling) and not threads({"OMP_NUM_THREADS": "3"}, spelling)
 
@@ -67,7 +66,7 @@ def test_the_embedded_base_is_known_by_its_folder(spelling, tmp_path, monkeypatc
 def test_other_models_have_the_other_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # in which the embedded base's relative name names nothing
     for name in ("some/model", "data/toyworld/base", str(tmp_path)):
-        assert recipe("dreambooth", name).name == "dreambooth.yaml" and not threads({}, name)
+        assert recipe("dreambooth", name) == "dreambooth" and not threads({}, name)
     told = dreambooth(MODEL_NAME="some/model", SUBJECT="robot")
     assert (told["resolution"], told["boft_block_num"], told["boft_block_size"]) == (512, 8, 0)
     assert told["class_data_dir"] == str(ROOT / "data" / "class_images" / "model" / "robot")

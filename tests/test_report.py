@@ -23,7 +23,7 @@ from finetuning.publishing.report import POINTS, charts, thinned
 from finetuning.run_folder import read_metrics
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 report = load_script("report")
 

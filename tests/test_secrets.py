@@ -21,8 +21,8 @@ from finetuning.errors import InputError
 from finetuning.settings import secrets as secret_flags
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import read_config
-from scripts.push import PushConfig
+from finetuning.settings.inference import PushConfig
+from finetuning.settings.reading import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"train_dreambooth": DreamBoothConfig, "train_controlnet": ControlNetConfig, "push": PushConfig}
@@ -84,6 +84,7 @@ import psutil
 sys.path.insert(0, {root!r})
 from finetuning.run.launch import launch
 from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.inference import PushConfig
 config = launch(DreamBoothConfig)
 said = {{"token": config.tracking.hub_token, "seed": config.optimization.seed, "argv": sys.argv,
          "seen": psutil.Process().cmdline(), "environment": dict(os.environ)}}

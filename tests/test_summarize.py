@@ -11,7 +11,7 @@ import pytest
 from test_evaluation import load_script
 
 from finetuning.errors import InputError
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.studies.comparison import answers, page, results
 from toyworld.scores import Scores
 

@@ -28,7 +28,7 @@ from finetuning.models.loading import load_stable_diffusion
 from finetuning.pictures.generation import read_parameters
 from finetuning.run.run import Run
 from finetuning.settings.control import ControlNetConfig
-from finetuning.settings.fields import read_config, run_command
+from finetuning.settings.reading import read_config, run_command
 from finetuning.studies.comparison.grid import read_grid
 from scripts import compare_controls, evaluate, generate
 

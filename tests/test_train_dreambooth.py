@@ -24,7 +24,7 @@ from training import BOFT, assert_same, flags, metrics, optimizer_of, prior_flag
 from finetuning.dreambooth.class_images import batches_of
 from finetuning.run.run import Run
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 from finetuning.training.checkpoint import damage
 from train_dreambooth import DreamBooth
 

@@ -20,7 +20,7 @@ import windows
 
 if __name__ == "__main__":
     windows.stand_in()
-    from finetuning.settings.fields import run_command
+    from finetuning.settings.reading import run_command
 
     for name, argv in json.loads(sys.argv[1]):
         program = importlib.import_module(name)

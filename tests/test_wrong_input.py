@@ -411,7 +411,7 @@ def test_a_huge_photo_is_named(toy_base, tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_error_is_one_line_and_exit_code_1(capsys):
-    from finetuning.settings.fields import run_command
+    from finetuning.settings.reading import run_command
 
     def fail(argv):
         raise RunError("the disk is full")
@@ -421,7 +421,7 @@ def test_a_run_error_is_one_line_and_exit_code_1(capsys):
 
 
 def test_memory_that_runs_out_is_one_line_and_other_errors_are_shown(capsys):
-    from finetuning.settings.fields import run_command
+    from finetuning.settings.reading import run_command
 
     def raising(error):
         def fail(argv):

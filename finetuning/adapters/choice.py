@@ -1,10 +1,8 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
-"""The flags by which scripts are told which adapters to load on which base, and the pipeline that they ask for."""
+"""The pipeline that the flags of a script ask for: a base model with adapters on it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,21 +11,8 @@ from diffusers import DiffusionPipeline
 from finetuning.adapters.folder import adapter_sources, load_run_config, local_folder, run_of, trained_on
 from finetuning.adapters.pipelines import load_adapter, load_base
 from finetuning.errors import InputError
-from finetuning.settings.fields import Group, setting
+from finetuning.settings.inference import AdapterChoice
 from finetuning.settings.shared import EMBEDDED_BASE
-
-
-@dataclass
-class AdapterChoice(Group):
-    """Adapters and base model"""
-
-    adapter: list[str] = setting(
-        [], "Folders of runs (or names on the hub), each alone or with a strength of its own: PATH or PATH:0.8."
-    )
-    pretrained_model_name_or_path: str | None = setting(
-        None, "Base model. None = the one that the first adapter was trained on, or the embedded one."
-    )
-    any_base: bool = setting(False, "Also load an adapter that was trained on another base, if its shapes fit.")
 
 
 def load_chosen(

@@ -17,7 +17,7 @@ from finetuning.models.loading import MIRRORS
 from finetuning.run_folder import CONFIG
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import value_faults
+from finetuning.settings.reading import value_faults
 from finetuning.settings.yaml_file import read_yaml
 
 PARTS = ("unet", "text_encoder")

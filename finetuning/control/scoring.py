@@ -29,7 +29,7 @@ from finetuning.pictures.grid import grid
 from finetuning.run.run import DTYPES
 from finetuning.run_folder import CONFIG
 from finetuning.settings.control import ControlNetConfig
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 
 SHOWN = 8  # columns of a grid
 CONTROLLED, WITHOUT, REAL = "controlled", "without control", "real pictures"

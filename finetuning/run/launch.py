@@ -1,4 +1,4 @@
-"""Before the seconds that importing torch takes: is the command right, and how many processes does it want?"""
+"""Checks the flags and decides how many processes to start, before the slow import of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from finetuning.errors import InputError
 from finetuning.run.processes import MPI
 from finetuning.settings import secrets as secret_flags
-from finetuning.settings.fields import C, read_config, run_command
+from finetuning.settings.fields import C
+from finetuning.settings.reading import parse_or_exit, run_command
 
 SECONDS_TO_SAVE = "600"  # after a signal, until processes that still run are killed
 
@@ -25,13 +26,12 @@ def launch(kind: type[C], description: str | None = None) -> C:
     `accelerate launch --cpu --num_processes=N` starts N processes through MPI only; without it, one. This one then
     starts the N, by torch's own launcher.
     """
-    argv, read = secret_flags.receive(kind, sys.argv[1:]), []
-    if code := run_command(lambda argv: read.append(read_config(kind, argv, description)), argv):
-        sys.exit(code)
+    argv = secret_flags.receive(kind, sys.argv[1:])
+    config = parse_or_exit(kind, description, argv)
     if is_alone(os.environ):
         command = [sys.argv[0], *secret_flags.hand_over(kind, argv)]
         sys.exit(run_command(lambda argv: start_processes(processes_wanted(), command)))
-    return read[0]
+    return config
 
 
 def is_alone(environment: Mapping[str, str]) -> bool:

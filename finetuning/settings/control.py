@@ -1,7 +1,6 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
-"""The settings that train_controlnet.py has and train_dreambooth.py has not, or has with another meaning.
+"""The settings of train_controlnet.py that other trainers do not have, or have with another meaning.
 
-Names and meanings are those of diffusers' scripts where it has them.
+Names and meanings are those of diffusers' scripts, where they exist.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from finetuning.settings.shared import (
 )
 
 TOYWORLD = "toyworld"
-MADE = ("canny", "mask")  # controls that are made from the image itself
-RENDERED = ("edges", "mask")  # controls that the toy world's renderer gives
+MADE = ("canny", "mask")  # controls that can be made from any image
+RENDERED = ("edges", "mask")  # controls that the renderer of the toy world knows exactly
 
 
 @dataclass
@@ -38,15 +37,16 @@ class ControlSettings(Group):
         "light = a hint encoder of eight convolutions; full = a ControlNet, a copy of the UNet's encoder. "
         "None = light with --use_boft or --use_lora, else full.",
         choices=("light", "full"),
+        common=True,
     )
     controlnet_model_name_or_path: str | None = setting(
-        None, "A ControlNet to go on from, for full. None = one made from the UNet.", folder="perhaps"
+        None, "A ControlNet from which full begins. None = a copy of the UNet's encoder.", folder="perhaps"
     )
     control_learning_rate: float | None = setting(
-        None, "Peak rate of hint encoder or ControlNet. None = --learning_rate.", minimum=0
+        None, "Peak learning rate of hint encoder or ControlNet. None = --learning_rate.", minimum=0
     )
     conditioning_channels: int = setting(
-        3, "Channels of the controls. A control of one channel is repeated for 3.", minimum=1
+        3, "Channels of the controls. If it is 3, controls of one channel are repeated.", minimum=1
     )
 
     def faults(self) -> Iterator[str]:
@@ -62,16 +62,22 @@ class ControlDataSettings(DataSettings):
     """Images and controls"""
 
     dataset_name: str | None = setting(
-        None, "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end."
+        None,
+        "Data set on the hub, a local folder of the `datasets` library, or toyworld: rendered, without an end.",
+        common=True,
     )
     dataset_config_name: str | None = setting(None, "Configuration of the data set. None = its only one.")
     train_data_dir: str | None = setting(
         None,
         "Folder of images with metadata.jsonl (file_name, text, conditioning_image), or captions in name.txt.",
         folder="always",
+        common=True,
     )
     conditioning_data_dir: str | None = setting(
-        None, "Folder of controls for --train_data_dir, each named like its image.", folder="always"
+        None,
+        "Folder of controls for --train_data_dir, each named like its image.",
+        folder="always",
+        common=True,
     )
     image_column: str = setting("image", "Column of the image.")
     conditioning_image_column: str = setting("conditioning_image", "Column of the control.")
@@ -81,8 +87,11 @@ class ControlDataSettings(DataSettings):
         "Make the control from the image: canny = edges; mask = segments by --segmentation_model. For toyworld also "
         "edges and mask as its renderer knows them. None = the data has controls (toyworld: edges).",
         choices=tuple(dict.fromkeys((*MADE, *RENDERED))),
+        common=True,
     )
-    canny_low: float = setting(100, "Lower threshold of canny at 512 pixels; higher in smaller pictures.", minimum=0)
+    canny_low: float = setting(
+        100, "Lower threshold of canny at 512 pixels; it is raised for smaller pictures.", minimum=0
+    )
     canny_high: float = setting(200, "Upper threshold of canny.", minimum=0)
     segmentation_model: str | None = setting(
         None, "Folder or hub name of a SegFormer, e.g. nvidia/segformer-b5-finetuned-ade-640-640.", folder="perhaps"
@@ -95,17 +104,19 @@ class ControlDataSettings(DataSettings):
     )
     max_train_samples: int | None = setting(None, "Samples to train on. None = all.", minimum=1)
     proportion_empty_prompts: float = setting(
-        0.0, "Share of samples that are seen without a prompt.", minimum=0, maximum=1
+        0.0, "Share of samples that are trained on without their prompt, from 0 to 1.", minimum=0, maximum=1
     )
     train_split: str = setting("train", "Split of the data set to train on.")
     held_out_split: str | None = setting(
-        None, "Split to measure on. None = --held_out_images of the training split, chosen by the seed."
+        None, "Split for the held-out scores. None = --held_out_images of the training split, chosen by the seed."
     )
     held_out_data_dir: str | None = setting(
-        None, "Folder to measure on, like --train_data_dir. None = images carved off by the seed.", folder="always"
+        None,
+        "Folder for the held-out scores, like --train_data_dir. None = some of the training images, by the seed.",
+        folder="always",
     )
     held_out_images: int | None = setting(
-        None, "Images to measure on, never trained on. None = 16, but at most a tenth of what they are carved off.",
+        None, "Images for the held-out scores, never trained on. None = 16, but at most a tenth of all.",
         minimum=1,
     )  # fmt: skip
     cache_latents: bool | None = setting(
@@ -117,17 +128,19 @@ class ControlDataSettings(DataSettings):
 
     @property
     def is_toyworld(self) -> bool:
+        """Whether the data is rendered by the toy world."""
         return self.dataset_name == TOYWORLD
 
     @property
     def dataset_place(self) -> str | None:
-        """--dataset_name, which is the same from every working directory."""
-        is_local = self.dataset_name is not None and not self.is_toyworld and os.path.isdir(self.dataset_name)
-        return os.path.abspath(self.dataset_name) if is_local else self.dataset_name
+        """--dataset_name, as an absolute path if it is a local folder."""
+        if self.dataset_name is None or self.is_toyworld or not os.path.isdir(self.dataset_name):
+            return self.dataset_name
+        return os.path.abspath(self.dataset_name)
 
     @property
     def picture_folders(self) -> dict[str, str | None]:
-        """Folders of --train_data_dir and what belongs to it, by flag."""
+        """The folders of pictures, by flag."""
         return {
             "--train_data_dir": self.train_data_dir,
             "--conditioning_data_dir": self.conditioning_data_dir,
@@ -136,7 +149,7 @@ class ControlDataSettings(DataSettings):
 
     @property
     def folders(self) -> dict[str, str | None]:
-        """Everything that may be a local folder, by flag."""
+        """The local folders that data and networks are read from, by flag."""
         return {
             **self.picture_folders,
             "--dataset_name": None if self.is_toyworld else folders.local(self.dataset_name),
@@ -145,11 +158,12 @@ class ControlDataSettings(DataSettings):
 
     @property
     def control_kind(self) -> str | None:
-        """What the controls are; None = the data's own, whatever they show."""
+        """What the controls show. None = the data has controls of its own, of whatever kind."""
         return self.conditioning or ("edges" if self.is_toyworld else None)
 
     @property
     def is_unlimited(self) -> bool:
+        """Whether the data has no end, so that there are no epochs."""
         return self.is_toyworld and self.max_train_samples is None
 
     def faults(self) -> Iterator[str]:
@@ -171,7 +185,7 @@ class ControlDataSettings(DataSettings):
                     yield f"--{name}: the toy world has no end; give --max_train_samples or drop this"
 
     def _without_effect(self) -> Iterator[str]:
-        """Flags of one kind of data that are given with another."""
+        """Flags that do nothing with the kind of data that is given."""
         for name in ("conditioning_data_dir", "held_out_data_dir"):
             if getattr(self, name) is not None and self.train_data_dir is None:
                 yield f"--{name}={getattr(self, name)}: needs --train_data_dir; add it or drop this"
@@ -197,8 +211,8 @@ class ControlValidationSettings(ValidationSettings):
     """Validation pictures"""
 
     validation_image: list[str] = setting(
-        [], "Controls to draw by, one for each --validation_prompt or one for all. None given = held-out ones.",
-        may_change=True, folder="always",
+        [], "Control images of the validation pictures, one for each --validation_prompt or one for all.",
+        may_change=True, folder="always", common=True,
     )  # fmt: skip
     controlnet_conditioning_scale: float = setting(
         1.0, "Strength of the control in pictures.", minimum=0, may_change=True
@@ -227,14 +241,16 @@ class ControlNetConfig(Config):
     checkpoints: CheckpointSettings
     validation: ControlValidationSettings
     tracking: TrackerSettings
+    recipes = "controlnet*.yaml"
 
     @property
     def uses_adapter(self) -> bool:
+        """Whether BOFT or LoRA is trained on the UNet."""
         return self.adapter.kind != "full"
 
     @property
     def kind(self) -> str:
-        """light or full."""
+        """What carries the control: light = a hint encoder, full = a ControlNet."""
         return self.control.controlnet or ("light" if self.uses_adapter else "full")
 
     def faults(self) -> Iterator[str]:

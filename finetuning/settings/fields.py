@@ -1,37 +1,27 @@
-"""Settings as documented dataclasses: one field is one flag, one key of `--config run.yaml`, and one line of `--help`.
+"""Settings as documented dataclasses: one field is one flag, one key of a YAML file, and one line of `--help`.
 
-Flags override the YAML file, which overrides the defaults. All faults are collected and raised as one InputError.
+`finetuning.settings.reading` reads them from a command line and from files.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import errno
 import os
-import sys
-import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from finetuning import files
-from finetuning.errors import DISK_FULL, InputError, RunError
-from finetuning.settings import secrets as secret_flags
-from finetuning.settings.folders import absolute, expanded
-from finetuning.settings.types import convert, is_union, noun, strip_none
-from finetuning.settings.yaml_file import read_yaml
+from finetuning.errors import InputError
+from finetuning.settings.folders import absolute
 
 C = TypeVar("C", bound="Config")
-NO_SUCH_PLACE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
-)  # fmt: skip
 LONGEST = 1000  # letters of a value in a message
-MEMORY_FULL = ("out of memory", "can't allocate memory")  # in torch's RuntimeErrors, on GPUs and CPUs
+HIDDEN = "***"  # stands for a secret in messages and command lines
 
 
 def setting(
@@ -46,20 +36,29 @@ def setting(
     may_change: bool = False,
     secret: bool = False,
     folder: str | None = None,
+    common: bool = False,
+    positional: bool = False,
+    required: bool = False,
 ) -> Any:
     """A field of a settings group.
 
     Args:
         default: value without the flag; a list is copied.
-        help: meaning, unit, and what None does.
-        choices, minimum, above, maximum: what is allowed; `above` excludes its bound.
+        help: one or more sentences with the meaning, the unit, and what None does.
+        choices: the values that are allowed.
+        minimum, above, maximum: bounds of a number; `above` excludes its bound.
         aliases: other names of the flag.
         may_change: a resumed run may have another value than its checkpoint.
-        secret: never written to a file, a log, a tracker or a message.
-        folder: "always" a local folder or file, or "perhaps", if it is there, and otherwise a name on the hub; or
-            "own", which the program makes and is meant from wherever it is started.
+        secret: the value is never written to a file, a log, a tracker or a message.
+        folder: how a path is made absolute when the settings are saved. "always" = a local folder or file; "perhaps" =
+            a local folder if it exists, and otherwise a name on the hub, which stays as it is; "own" = a folder that
+            the program makes, which stays relative.
+        common: `--help` shows the flag. If no field of a program is common, `--help` shows all of them.
+        positional: the value is typed without a flag. A list takes all such values, anything else takes one.
+        required: the program cannot do without a value; the default is None or an empty list.
     """
     metadata = {
+        "default": default,
         "help": help,
         "choices": choices,
         "minimum": minimum,
@@ -69,30 +68,41 @@ def setting(
         "may_change": may_change,
         "secret": secret,
         "folder": folder,
+        "common": common,
+        "positional": positional,
+        "required": required,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
+@dataclasses.dataclass
 class Group:
-    """Settings that belong together. A subclass is a dataclass of `setting` fields."""
+    """Settings that belong together. A subclass is a dataclass of `setting` fields; its docstring is its title."""
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with this combination of values."""
+        """One message for each combination of values that is wrong."""
         yield from ()
 
 
+@dataclasses.dataclass
 class Config:
-    """All settings of one program. A subclass is a dataclass whose fields are groups."""
+    """All settings of one program. A subclass is a dataclass whose fields are groups.
+
+    Attributes:
+        recipes: pattern of the files in recipes/ that `--recipe` chooses from; empty = the program has no recipes.
+    """
+
+    recipes = ""  # without a type, so that it is no field
 
     def faults(self) -> Iterator[str]:
-        """What is wrong between the groups."""
+        """One message for each combination of values of different groups that is wrong."""
         yield from ()
 
     def all_faults(self) -> list[str]:
-        """Faults of values, of groups, and between groups."""
-        faults = [f for group, field in fields_of(self) if (f := _range_fault(field, getattr(group, field.name)))]
+        """Faults of single values or, if there are none, those of combinations."""
+        faults = [f for group, field in fields_of(self) if (f := value_fault(field, getattr(group, field.name)))]
         if faults:
             return faults  # a combination of values that are wrong by themselves tells nothing
         for group in groups_of(self):
@@ -100,7 +110,7 @@ class Config:
         return faults + list(self.faults())
 
     def as_dict(self, *, secrets: bool = False) -> dict[str, Any]:
-        """Flat {name: value}; without the secret ones unless asked for."""
+        """All settings as a flat {name: value}, without the secret ones unless `secrets` is set."""
         return {
             field.name: getattr(group, field.name)
             for group, field in fields_of(self)
@@ -108,10 +118,10 @@ class Config:
         }
 
     def with_values(self: C, **values: Any) -> C:
-        """A copy in which some settings have been resolved, e.g. None to the model's resolution.
+        """A copy with other values, e.g. with the model's resolution in the place of None.
 
         Raises:
-            InputError: what they were resolved to is wrong.
+            InputError: if the new values are wrong.
         """
         groups = {}
         for name, group in zip((f.name for f in dataclasses.fields(self)), groups_of(self)):
@@ -135,18 +145,46 @@ class Config:
         files.write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
+# What a configuration holds
+
+
 def groups_of(config: Config) -> list[Group]:
+    """The groups of a configuration, in the order of its fields."""
     return [getattr(config, field.name) for field in dataclasses.fields(config)]
 
 
 def fields_of(config: Config) -> Iterator[tuple[Group, dataclasses.Field]]:
+    """Each field of a configuration with the group that holds its value."""
     for group in groups_of(config):
         for field in dataclasses.fields(group):
             yield group, field
 
 
+def group_types(cls: type[Config]) -> dict[str, type[Group]]:
+    """The classes of the groups of a Config class, by the name of the field that holds the group."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def fields_in(cls: type[Config]) -> Iterator[dataclasses.Field]:
+    """All settings of a Config class."""
+    for group in group_types(cls).values():
+        yield from dataclasses.fields(group)
+
+
+def types_in(cls: type[Config]) -> dict[str, Any]:
+    """The types of all settings of a Config class, by name."""
+    return {name: kind for group in group_types(cls).values() for name, kind in typing.get_type_hints(group).items()}
+
+
 def contradictions(before: dict[str, Any], now: Config, may_change: Sequence[str] = ()) -> list[str]:
-    """Settings in which a resumed run differs from its checkpoint, of those that decide the result."""
+    """Settings that decide the result and in which a resumed run differs from its checkpoint, one message each.
+
+    Args:
+        before: settings of the run that made the checkpoint, by name.
+        now: settings of the run that is to go on.
+        may_change: names of settings that may differ, beside those that are marked so.
+    """
     faults = []
     for group, field in fields_of(now):
         if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
@@ -159,204 +197,23 @@ def contradictions(before: dict[str, Any], now: Config, may_change: Sequence[str
     return faults
 
 
-# Reading
+# Values and messages about them
 
 
-def read_config(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
-    """Flags and YAML to a checked configuration.
-
-    Args:
-        cls: a Config dataclass; argv: the arguments without the program's name, by default those of the process.
-
-    Raises:
-        InputError: with all faults found.
-    """
-    kinds = _kinds(cls)
-    secret = {field.name for field in _fields(cls) if field.metadata["secret"]}
-    given, faults = _read_flags(cls, argv, description)
-    values = {}
-    for path in given.pop("config", []):
-        from_file, file_faults = _read_yaml(path)
-        faults += file_faults
-        for name, value in from_file.items():
-            if name not in kinds:
-                faults.append(f"--config={path}: unknown key {name!r}{_nearest(name, kinds)}")
-                continue
-            shown = secret_flags.HIDDEN if name in secret else show(value)
-            _convert(name, value, kinds[name], values, faults, f"--config={path}: {name}: {shown}")
-    for name, value in given.items():
-        shown = secret_flags.HIDDEN if name in secret else show(value)
-        _convert(name, value, kinds[name], values, faults, f"--{name}={shown}")
-    if faults:
-        raise InputError(*faults)
-    groups = {}
-    for name, group in typing.get_type_hints(cls).items():
-        groups[name] = group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values})
-    config = cls(**groups)
-    if faults := config.all_faults():
-        raise InputError(*faults)
-    sys.argv[:] = secret_flags.hide(cls, sys.argv)  # trackers copy it into their files
-    return config
-
-
-def value_faults(configs: Sequence[type[Config]], given: dict[str, Any]) -> list[str]:
-    """What is wrong with values from elsewhere, each by itself; names that no Config class knows are passed over."""
-    fields = {field.name: (field, _kinds(cls)[field.name]) for cls in configs for field in _fields(cls)}
-    values, faults = {}, []
-    for name in given.keys() & fields.keys():
-        _convert(name, given[name], fields[name][1], values, faults, f"{name}: {show(given[name])}")
-    ranges = (_range_fault(fields[name][0], value) for name, value in values.items())
-    return faults + [fault.removeprefix("--") for fault in ranges if fault]
-
-
-def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a program and return its exit code: 2 if the input is wrong, 1 if the run cannot go on, 130 after Ctrl-C.
-
-    Each with its lines; `--debug` shows the traceback.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a letter that a terminal does not know is no reason to end
-            stream.reconfigure(errors="backslashreplace")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    try:
-        return main([a for a in argv if a != "--debug"]) or 0
-    except (InputError, RunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno not in (*DISK_FULL, *NO_SUCH_PLACE):
-            raise
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in MEMORY_FULL):
-            raise
-        if debug:
-            traceback.print_exc()
-        code, message = 1, str(error)
-        if isinstance(error, InputError):
-            code = 2
-        elif isinstance(error, PermissionError):
-            code, message = 2, f"{error.filename}: no permission; change its permissions or name another place"
-        elif isinstance(error, OSError) and error.errno in NO_SUCH_PLACE:
-            code, message = 2, f"{error.filename}: {error.strerror}; name another place"
-        elif isinstance(error, KeyboardInterrupt):
-            code, message = 130, "interrupted"
-        elif isinstance(error, OSError):
-            message = (
-                f"the disk is full: {error}; make room and give the same command, in training with "
-                "--resume_from_checkpoint=latest"
-            )
-        elif isinstance(error, (MemoryError, RuntimeError)):
-            said = message.split("\n")[0] or "no more than this is there"
-            message = (
-                f"out of memory: {said}; use smaller batches or pictures, in training --train_batch_size with "
-                "--gradient_accumulation_steps, --gradient_checkpointing or --resolution"
-            )
-    if not _is_other_process():
-        for line in message.splitlines():
-            is_short = len(line) <= 2 * LONGEST
-            print(f"error: {line if is_short else f'{line[:LONGEST]} … {line[-LONGEST:]}'}", file=sys.stderr)
-    return code
-
-
-def _is_other_process() -> bool:
-    """Whether this is one of several processes, and not the first, which alone speaks."""
-    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    return rank.isdigit() and size.isdigit() and 0 < int(rank) < int(size)
-
-
-def show(value: Any) -> str:
-    """A value as it would be typed; of what could not be typed, its kind."""
-    if isinstance(value, (dict, set)) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
-        return f"a nested {type(value).__name__}"  # which aliases of YAML may make longer than any memory
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
-def _read_flags(cls: type[Config], argv: Sequence[str] | None, description: str | None):
-    parser = _Parser(
-        description=description,
-        epilog="Each switch --x has its opposite, --no_x. Of a flag that is given twice the last one counts. "
-        "--config adds up.",
-        usage="%(prog)s [--config run.yaml] [--flag=value …]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        action="append",
-        help="YAML file with any of these settings, under the same names; flags override it. If it is given several "
-        "times, later files override earlier ones",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    names = {"config", "debug"}
-    for group in typing.get_type_hints(cls).values():
-        section = parser.add_argument_group((group.__doc__ or group.__name__).split("\n")[0])
-        hints = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            spellings = [f"--{n}" for n in (field.name, *field.metadata["aliases"])]
-            names |= {n.removeprefix("--") for n in spellings}
-            text = _help(field).replace("%", "%%")
-            kind = strip_none(hints[field.name])
-            if kind is bool:
-                section.add_argument(*spellings, dest=field.name, action="store_true", help=text)
-                negated = [s.replace("--", "--no_", 1) for s in spellings]
-                names |= {n.removeprefix("--") for n in negated}
-                section.add_argument(*negated, dest=field.name, action="store_false", help=argparse.SUPPRESS)
-            elif typing.get_origin(kind) is list:
-                section.add_argument(*spellings, dest=field.name, nargs="+", metavar="X", help=text)
-            else:
-                section.add_argument(*spellings, dest=field.name, metavar=kind.__name__.upper(), help=text)
-    namespace, unknown = parser.parse_known_args(argv)
-    faults = []
-    for before, argument in zip(["", *unknown], unknown):
-        if before.startswith("-") and "=" not in before and not argument.startswith("-"):
-            continue  # the value of the unknown flag before it, perhaps a secret
-        name = argument.removeprefix("--").split("=")[0]
-        faults.append(
-            f"unknown flag {argument.split('=')[0]}{_nearest(name, names)}"
-            if argument.startswith("-")
-            else f"unexpected argument {argument!r}: every value follows its flag, quoted if it has spaces"
-        )
-    given = vars(namespace)
-    given.pop("debug", None)
-    return given, faults
-
-
-def _read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
-    try:
-        content = read_yaml(files.read(expanded(path)))
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]
-    except ValueError as error:
-        return {}, [f"--config={path}: {error}"]
-    if not isinstance(content, dict):
-        return {}, [f"--config={path}: expected lines of `name: value`, found {type(content).__name__}"]
-    return {str(name): value for name, value in content.items()}, []
-
-
-def _convert(name: str, value: Any, kind: Any, values: dict, faults: list[str], source: str) -> None:
-    try:
-        values[name] = convert(kind, value)
-    except (TypeError, ValueError, OverflowError):
-        wanted = " or ".join(noun(k) for k in (typing.get_args(kind) if is_union(kind) else [kind]))
-        faults.append(f"{source}: expected {wanted}")
-
-
-def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
+def value_fault(field: dataclasses.Field, value: Any) -> str | None:
+    """What is wrong with the value of a field, or None if nothing is."""
     rules = field.metadata
+    if rules["required"] and value in (None, []):
+        return f"{flag_of(field)}: needed, {rules['help'][0].lower()}{rules['help'][1:].rstrip('.')}"
     for v in value if isinstance(value, list) else [value]:
         if v is None:
             continue
-        shown = secret_flags.HIDDEN if rules["secret"] else show(v)
-        flag = f"--{field.name}={shown}"
+        shown = HIDDEN if rules["secret"] else show(v)
+        flag = f"{flag_of(field)}={shown}"
         if rules["choices"] is not None and v not in rules["choices"]:
-            return f"{flag}: must be one of {', '.join(rules['choices'])}{_nearest(str(v), rules['choices'])}"
+            return f"{flag}: must be one of {', '.join(rules['choices'])}{nearest(str(v), rules['choices'])}"
         if isinstance(v, str) and ("\0" in v or v.encode(errors="ignore").decode() != v):
-            return f"--{field.name}={shown if rules['secret'] else repr(v)}: holds what is no text in UTF-8"
+            return f"{flag_of(field)}={shown if rules['secret'] else repr(v)}: holds what is no text in UTF-8"
         if rules["folder"] and isinstance(v, str) and v.startswith("~") and not os.path.exists(v):
             return f"{flag}: there is no such home folder; write the path out, or ./~… for a name that begins with ~"
         if isinstance(value, str) and not v.strip() and v != field.default:
@@ -370,25 +227,20 @@ def _range_fault(field: dataclasses.Field, value: Any) -> str | None:
     return None
 
 
-def _help(field: dataclasses.Field) -> str:
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    choices = f" One of: {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
-    return f"{field.metadata['help']}{choices} (default: {show(default) if default != [] else 'none'})"
+def flag_of(field: dataclasses.Field) -> str:
+    """How messages call a setting: by its flag or, if it is positional, by its name."""
+    return field.name if field.metadata["positional"] else f"--{field.name}"
 
 
-def _fields(cls: type[Config]) -> Iterator[dataclasses.Field]:
-    for group in typing.get_type_hints(cls).values():
-        yield from dataclasses.fields(group)
+def show(value: Any) -> str:
+    """A value as it would be typed, or its kind if it could not be typed at all."""
+    if isinstance(value, (dict, set)) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
+        return f"a nested {type(value).__name__}"  # which aliases of YAML may make longer than any memory
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def _kinds(cls: type[Config]) -> dict[str, Any]:
-    return {
-        name: kind
-        for group in typing.get_type_hints(cls).values()
-        for name, kind in typing.get_type_hints(group).items()
-    }
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The text "; did you mean NAME?" with the most similar of the known names, or nothing if none is similar."""
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,4 +1,6 @@
-"""Paths as they are given, and which folders are, contain or lie inside each other: no input is written over."""
+"""Paths that users give, and checks that no input is written over: which folders are the same, and which lies inside
+another.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +16,31 @@ REMEDY = "give another folder"
 
 
 def expanded(text: str) -> str:
-    """A path with the home folder in the place of ~, which a shell leaves as it is behind a = or within quotes."""
+    """A path with the home folder for a leading ~, which shells leave as it is after a = and within quotes."""
     return os.path.expanduser(text) if re.match(r"~[^/\s]*(/|$)", text) else text
 
 
 def absolute(place: str, kind: str) -> str:
-    """A path that means the same from every folder. kind: as `setting` of config.py has it."""
+    """A path that means the same in every working directory. kind: the `folder` of its setting, see `setting`."""
     is_local = kind == "always" or (kind == "perhaps" and os.path.exists(place))
     return os.path.abspath(place) if is_local else place
 
 
 def local(name: str | None) -> str | None:
-    """A local folder, or None if it is a name on a hub."""
+    """The given place if it exists on this machine; None if it does not, because it is a name on the hub then."""
     return name if name is not None and os.path.exists(name) else None
 
 
 def overlap_faults(flag: str, folder: str, inputs: Mapping[str, str | None]) -> Iterator[str]:
-    """One for each input that a folder to be written is, contains or lies inside.
+    """A message for each input that is the output folder, contains it, or lies inside it.
 
     Args:
-        flag, folder: what the trainer writes into; inputs: flag to folder, None = not given.
+        flag: flag of the folder that the trainer writes into.
+        folder: that folder.
+        inputs: the folders that the trainer reads, by flag. None = not given.
     """
     if os.path.isfile(_standing(folder)):
-        return  # no folder can be there, which is told elsewhere
+        return  # a file is in the way, which `check_writable` reports
     for input_flag, place in inputs.items():
         if place is None:
             continue
@@ -49,7 +53,7 @@ def overlap_faults(flag: str, folder: str, inputs: Mapping[str, str | None]) -> 
 
 
 def same_faults(folders: Mapping[str, str | None], why: str) -> Iterator[str]:
-    """One for each folder that is an earlier one of these, too; `why` says what is wrong with that."""
+    """A message for each folder that is given a second time by another flag. why: what is wrong with that."""
     given = [(flag, folder) for flag, folder in folders.items() if folder is not None]
     for i, (flag, folder) in enumerate(given):
         for other_flag, other in given[:i]:
@@ -58,14 +62,14 @@ def same_faults(folders: Mapping[str, str | None], why: str) -> Iterator[str]:
 
 
 def is_same(a: str, b: str) -> bool:
-    """Whether two paths, perhaps of folders that are not there yet, lead to one place."""
+    """Whether two paths lead to the same place, which need not exist yet."""
     if os.path.exists(a) and os.path.exists(b):  # which also knows of names that differ in case, and of mounts
         return os.path.samefile(a, b)
     return os.path.realpath(a) == os.path.realpath(b)
 
 
 def lies_inside(inner: str, outer: str) -> bool:
-    """Whether `inner` is somewhere below `outer`; links are followed."""
+    """Whether the folder `inner` lies somewhere below the folder `outer`; links are followed."""
     place = os.path.realpath(inner)
     while (above := os.path.dirname(place)) != place:
         if is_same(above, outer):
@@ -75,7 +79,7 @@ def lies_inside(inner: str, outer: str) -> bool:
 
 
 def _standing(place: str) -> str:
-    """The path, or the first above it where something is."""
+    """The path itself if it exists, otherwise the nearest folder above it that exists."""
     place = os.path.abspath(place)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
@@ -83,7 +87,11 @@ def _standing(place: str) -> str:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raises InputError if a folder cannot be made or written, without making it."""
+    """Check that a folder can be made and written into, without making it.
+
+    Raises:
+        InputError: if it cannot; the message begins with `flag`.
+    """
     if os.path.isfile(folder):
         raise InputError(f"{flag}={folder}: is a file; give a folder")
     place = folder

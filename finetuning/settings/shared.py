@@ -1,7 +1,7 @@
-# ruff: noqa: RUF009 - setting() makes a field; its lists are copied
-"""The settings of the trainers, in groups. Names and meanings are those of diffusers' scripts where it has them.
+"""The settings that all trainers have, in groups.
 
-Library functions take plain values; only the two scripts, the builders and this file know these classes.
+Names and meanings are those of diffusers' scripts, where they exist. Only
+the trainers and the builders know these classes; the functions of other rooms take plain values.
 """
 
 from __future__ import annotations
@@ -38,25 +38,31 @@ class ModelSettings(Group):
         EMBEDDED_BASE,
         "Stable Diffusion 1.x or 2.x: a folder in diffusers' format or a name on the Hugging Face Hub.",
         folder="perhaps",
+        common=True,
     )
     revision: str | None = setting(None, "Branch, tag or commit on the hub. None = main.")
     variant: str | None = setting(None, "Variant of the weight files, e.g. fp16. None = the plain files.")
     tokenizer_name: str | None = setting(
-        None, "Another tokenizer's folder or name. None = the model's own.", folder="perhaps"
+        None, "Folder or name of another tokenizer. None = the model's own.", folder="perhaps"
     )
     mixed_precision: str | None = setting(
         None,
-        "Precision of the frozen parts and of the arithmetic; what is trained stays float32. None = what accelerate "
-        "is configured for, else no.",
+        "Precision of the frozen parts and of the arithmetic; what is trained stays float32. None = the one that "
+        "accelerate is configured for, or no.",
         choices=("no", "bf16", "fp16"),
+        common=True,
     )
-    gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
-    enable_xformers_memory_efficient_attention: bool = setting(False, "Attention by xformers (a GPU is needed).")
-    allow_tf32: bool = setting(False, "TF32 matrix products on Ampere GPUs and later.")
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in the backward pass: this takes less memory and more time."
+    )
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False, "Compute attention by xformers, which needs a GPU."
+    )
+    allow_tf32: bool = setting(False, "Compute matrix products in TF32, on Ampere GPUs and later.")
 
     @property
     def folders(self) -> dict[str, str | None]:
-        """Where they may be local folders, by flag."""
+        """The local folders that the model is read from, by flag. None = a name on the hub, or not given."""
         return {
             "--pretrained_model_name_or_path": folders.local(self.pretrained_model_name_or_path),
             "--tokenizer_name": folders.local(self.tokenizer_name),
@@ -68,25 +74,32 @@ class DataSettings(Group):
     """Images"""
 
     resolution: int | None = setting(
-        None, "Side of the training images in pixels. None = the model's own.", minimum=8, maximum=8192
+        None,
+        "Side of the training images in pixels. None = the model's own.",
+        minimum=8,
+        maximum=8192,
+        common=True,
     )
-    center_crop: bool = setting(False, "Crop in the middle. Otherwise the crop of an oblong image is random.")
-    random_flip: bool = setting(False, "Mirror half of the images, at random.")
+    center_crop: bool = setting(False, "Crop oblong images in the middle. Otherwise the crop is random.")
+    random_flip: bool = setting(False, "Mirror half of the images, chosen at random.")
     cache_latents: bool | None = setting(
-        None, "Encode each image once. None = wherever crops are not random.", may_change=True
+        None, "Encode each image once, and keep the latents. None = if the crops are not random.", may_change=True
     )
     pre_compute_text_embeddings: bool | None = setting(
-        None, "Encode each prompt once. None = unless the text encoder is trained.", may_change=True
+        None,
+        "Encode each prompt once, and keep the result. None = unless the text encoder is trained.",
+        may_change=True,
     )
     long_captions: str = setting(
         "refuse",
-        "Captions of more tokens than the text encoder reads: refuse = an error; cut = what is beyond is not seen.",
+        "What happens to captions of more tokens than the text encoder reads: refuse = an error; cut = their end is "
+        "ignored.",
         choices=("refuse", "cut"),
         may_change=True,
     )
     dataloader_num_workers: int = setting(
         0,
-        "Processes that read images, where latents are not cached. 0 = the trainer's own.",
+        "Processes that read images if latents are not cached. 0 = the trainer reads them itself.",
         minimum=0,
         aliases=("num_dataloader_workers",),
         may_change=True,
@@ -102,28 +115,42 @@ class DataSettings(Group):
 class OptimizationSettings(Group):
     """Optimization"""
 
-    seed: int = setting(0, "Decides data order, noise, crops, class images and validation.", minimum=0)
-    train_batch_size: int = setting(
-        4, "Photos in a batch of one process; as many class images come on top.", minimum=1
+    seed: int = setting(
+        0, "Decides the order of the data, noise, crops, class images and validation pictures.", minimum=0, common=True
     )
-    gradient_accumulation_steps: int = setting(1, "Batches in an optimizer step.", minimum=1)
-    num_train_epochs: int = setting(1, "Passes over the photos, if --max_train_steps is None.", minimum=1)
-    max_train_steps: int | None = setting(None, "Optimizer steps. None = by --num_train_epochs.", minimum=1)
-    learning_rate: float = setting(5e-6, "Peak learning rate.", minimum=0)
-    scale_lr: bool = setting(False, "Multiply the learning rate by batch, accumulation and processes.")
-    lr_scheduler: str = setting("constant", "How the rate moves.", choices=SCHEDULES)
-    lr_warmup_steps: int = setting(0, "Optimizer steps in which the rate rises from 0.", minimum=0)
-    lr_num_cycles: int = setting(1, "Restarts of cosine_with_restarts.", minimum=1)
-    lr_power: float = setting(1.0, "Power of polynomial.", above=0)
-    adam_beta1: float = setting(0.9, "AdamW.", minimum=0, maximum=0.99999)
-    adam_beta2: float = setting(0.999, "AdamW.", minimum=0, maximum=0.99999)
-    adam_weight_decay: float = setting(1e-2, "AdamW; the scale s and biases do not decay.", minimum=0)
-    adam_epsilon: float = setting(1e-8, "AdamW.", above=0)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", above=0)
-    use_8bit_adam: bool = setting(False, "AdamW with 8-bit state (needs bitsandbytes).")
+    train_batch_size: int = setting(
+        4,
+        "Images in a batch of one process; DreamBooth adds as many class images.",
+        minimum=1,
+        common=True,
+    )
+    gradient_accumulation_steps: int = setting(1, "Batches in each optimizer step.", minimum=1)
+    num_train_epochs: int = setting(1, "Passes over the images; only counts if --max_train_steps is None.", minimum=1)
+    max_train_steps: int | None = setting(
+        None, "Optimizer steps. None = --num_train_epochs decides.", minimum=1, common=True
+    )
+    learning_rate: float = setting(5e-6, "Peak learning rate.", minimum=0, common=True)
+    scale_lr: bool = setting(
+        False, "Multiply the learning rate by batch size, accumulation steps and number of processes."
+    )
+    lr_scheduler: str = setting("constant", "How the learning rate changes over the steps.", choices=SCHEDULES)
+    lr_warmup_steps: int = setting(0, "Optimizer steps in which the learning rate rises from 0.", minimum=0)
+    lr_num_cycles: int = setting(1, "Cycles of cosine_with_restarts.", minimum=1)
+    lr_power: float = setting(1.0, "Exponent of polynomial.", above=0)
+    adam_beta1: float = setting(0.9, "AdamW: decay of the mean of gradients.", minimum=0, maximum=0.99999)
+    adam_beta2: float = setting(0.999, "AdamW: decay of the mean of squared gradients.", minimum=0, maximum=0.99999)
+    adam_weight_decay: float = setting(1e-2, "AdamW: weight decay. The scale s and biases do not decay.", minimum=0)
+    adam_epsilon: float = setting(1e-8, "AdamW: is added to the denominator.", above=0)
+    max_grad_norm: float = setting(1.0, "Largest norm of the gradients; longer ones are clipped.", above=0)
+    use_8bit_adam: bool = setting(False, "Keep AdamW's state in 8 bits, which needs bitsandbytes.")
 
     def steps(self, images: int, total_batch: int) -> int:
-        """Optimizer steps of the run, if an epoch has so many images and a step so many samples."""
+        """Number of optimizer steps of the run.
+
+        Args:
+            images: number of images in an epoch.
+            total_batch: number of images in an optimizer step, over all processes.
+        """
         return self.max_train_steps or self.num_train_epochs * -(-images // total_batch)
 
     def faults(self) -> Iterator[str]:
@@ -141,8 +168,10 @@ class OptimizationSettings(Group):
 class AverageSettings(Group):
     """Averages of the weights"""
 
-    use_ema: bool = setting(False, "Show and keep exponential moving averages of what is trained.")
-    ema_decay: float = setting(0.9999, "Their decay; in step t at most (1 + t) / (10 + t).", minimum=0, maximum=1)
+    use_ema: bool = setting(False, "Draw with exponential moving averages of what is trained, and save these.")
+    ema_decay: float = setting(
+        0.9999, "Decay of the averages; capped at (1 + t) / (10 + t) in step t.", minimum=0, maximum=1
+    )
 
     def faults(self) -> Iterator[str]:
         if not self.use_ema and self.ema_decay != AverageSettings().ema_decay:
@@ -154,9 +183,11 @@ class ObjectiveSettings(Group):
     """Objective"""
 
     snr_gamma: float | None = setting(
-        None, "Min-SNR weighting (arXiv 2303.09556), e.g. 5. None = equal weights.", above=0
+        None, "Gamma of Min-SNR weighting (arXiv 2303.09556), e.g. 5. None = all times have equal weights.", above=0
     )
-    offset_noise: float = setting(0.0, "Strength of a shift of the noise per image and channel, e.g. 0.1.", minimum=0)
+    offset_noise: float = setting(
+        0.0, "Strength of a random shift of the noise of each image and channel, e.g. 0.1.", minimum=0
+    )
     rescale_betas_zero_snr: bool = setting(
         False, "Rescale the noise schedule to zero terminal SNR (arXiv 2305.08891); for v-prediction only."
     )
@@ -167,20 +198,28 @@ class CheckpointSettings(Group):
     """Output and checkpoints"""
 
     output_dir: str = setting(
-        "data/output/run", "Folder of everything that the run writes.", may_change=True, folder="own"
+        "data/output/run",
+        "Folder of everything that the run writes.",
+        may_change=True,
+        folder="own",
+        common=True,
     )
     overwrite_output_dir: bool = setting(
-        False, "Start anew where checkpoints of another run stand, and remove them.", may_change=True
+        False,
+        "Begin anew in a folder that holds another run, and remove its checkpoints.",
+        may_change=True,
+        common=True,
     )
     checkpointing_steps: int = setting(500, "Optimizer steps between checkpoints.", minimum=1, may_change=True)
     checkpoints_total_limit: int | None = setting(
-        None, "Newest checkpoints kept. None = all.", minimum=1, may_change=True
+        None, "Number of checkpoints that are kept, the newest ones. None = all.", minimum=1, may_change=True
     )
     resume_from_checkpoint: str | None = setting(
         None,
-        "A checkpoint's path, its bare name checkpoint-N, or latest = the newest intact one, from the start if there "
-        "is none at all.",
+        "Go on from a checkpoint: its path, its bare name checkpoint-N, or latest = the newest intact one. With "
+        "latest, a run without a checkpoint begins anew.",
         may_change=True,
+        common=True,
     )
 
 
@@ -188,11 +227,17 @@ class CheckpointSettings(Group):
 class ValidationSettings(Group):
     """Validation pictures"""
 
-    validation_prompt: list[str] = setting([], "One or more prompts, or a .txt file with one a line.", may_change=True)
-    num_validation_images: int = setting(1, "Images a prompt.", minimum=1, may_change=True)
-    validation_steps: int = setting(100, "Optimizer steps between validations.", minimum=1, may_change=True)
-    guidance_scale: float = setting(7.5, "Classifier-free guidance of class images and validation.", minimum=0)
-    num_inference_steps: int = setting(25, "Denoising steps of class images and validation.", minimum=1)
+    validation_prompt: list[str] = setting(
+        [], "One or more prompts, or a .txt file with one a line.", may_change=True, common=True
+    )
+    num_validation_images: int = setting(1, "Pictures of each prompt.", minimum=1, may_change=True)
+    validation_steps: int = setting(
+        100, "Optimizer steps between validations.", minimum=1, may_change=True, common=True
+    )
+    guidance_scale: float = setting(
+        7.5, "Classifier-free guidance of class images and validation pictures.", minimum=0
+    )
+    num_inference_steps: int = setting(25, "Denoising steps of class images and validation pictures.", minimum=1)
 
 
 @dataclass
@@ -201,19 +246,22 @@ class TrackerSettings(Group):
 
     report_to: str = setting(
         "tensorboard",
-        "Where metrics go beside metrics.jsonl.",
+        "Where metrics go, beside the file metrics.jsonl.",
         choices=("tensorboard", "wandb", "all", "none"),
         may_change=True,
+        common=True,
     )
     logging_dir: str = setting("logs", "Folder of tensorboard's files, inside the output folder.", may_change=True)
     tracker_project_name: str = setting(
         "boft-finetuning", "Project in the tracker.", aliases=("wandb_project_name",), may_change=True
     )
     wandb_run_name: str | None = setting(None, "Name of the run. None = the output folder's.", may_change=True)
-    push_to_hub: bool = setting(False, "Upload the result to the hub; asked before training.", may_change=True)
+    push_to_hub: bool = setting(
+        False, "Upload the result to the hub; whether that is permitted is checked before training.", may_change=True
+    )
     hub_model_id: str | None = setting(
         None,
-        "Repository on the hub, owner/name. None = the output folder's name, of the token's user.",
+        "Repository on the hub, owner/name. None = named like the output folder, owned by the token's user.",
         may_change=True,
     )
     hub_token: str | None = setting(

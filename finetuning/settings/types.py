@@ -1,4 +1,4 @@
-"""Values of settings: the text of a flag, or what YAML makes of a line, as the type that the setting has."""
+"""Conversion of values to the types of their settings, from the text of a flag or from what a YAML file holds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from finetuning.settings.folders import expanded
 
 
 def convert(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`, from the text of a flag or from YAML.
+    """Convert the text of a flag, or a value from a YAML file, to a type.
+
+    Args:
+        kind: the annotation of the setting: bool, int, float, str, a list of one of them, or one of them or None.
+        value: what was given.
 
     Raises:
-        ValueError, TypeError, OverflowError: it is none.
+        ValueError, TypeError, OverflowError: if the value does not fit the type.
     """
     if is_union(kind):
         if value is None or value == "None":
@@ -33,21 +37,26 @@ def convert(kind: Any, value: Any) -> Any:
         if not value.is_integer():
             raise ValueError
         return int(value)
-    result = expanded(value) if kind is str and isinstance(value, str) else kind(value)
+    if kind is str and isinstance(value, str):
+        return expanded(value)
+    result = kind(value)
     if kind is float and not math.isfinite(result):
         raise ValueError
     return result
 
 
 def is_union(kind: Any) -> bool:
+    """Whether a type is a union, such as `int | None`."""
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
 def strip_none(kind: Any) -> Any:
+    """The type without None: int for `int | None`, and int for int."""
     return next(k for k in typing.get_args(kind) if k is not type(None)) if is_union(kind) else kind
 
 
 def noun(kind: Any) -> str:
+    """How messages call the values of a type."""
     if typing.get_origin(kind) is list:
         return f"a list, each {noun(typing.get_args(kind)[0])}"
     nouns = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "None"}

@@ -1,4 +1,4 @@
-"""YAML that people write by hand: each line means what it says, or is a fault with one message."""
+"""Reads YAML files that people write by hand. Each line either means what it seems to mean, or it is reported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: a date stays the text that it is, and no mapping takes over another one's keys (`<<`)."""
+    """Loads plain values only: dates stay text, and `<<` does not merge the keys of another mapping into one."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Taken over and over, keys would need more memory than there is."""
+        """Merge nothing: a small file of nested merges could otherwise fill all memory."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -24,12 +24,12 @@ def read_yaml(text: str) -> Any:
     """The content of a YAML document of plain values.
 
     Raises:
-        ValueError: it is no YAML, or gives a key of its outermost mapping twice.
+        ValueError: if it is not YAML, or if its outermost mapping has a key twice.
     """
     try:
         node = yaml.compose(text, _Loader)
         content = yaml.load(text, _Loader)
-    except Exception as error:  # of YAML's own kind, or what its constructors let through, e.g. for `!!int x`
+    except Exception as error:  # YAML's own errors, and others that its constructors raise, e.g. for `!!int x`
         raise ValueError(f"not YAML ({' '.join(str(error).split()) or type(error).__name__})") from error
     if isinstance(node, yaml.MappingNode):
         keys = [str(key.value) for key, _ in node.value]

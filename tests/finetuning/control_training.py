@@ -14,7 +14,7 @@ from training import BOFT
 
 import train_controlnet
 from finetuning.run.joining import forget_processes
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 
 def control_folder(folder: Path, count: int = 6, size: tuple[int, int] = (24, 24)) -> Path:

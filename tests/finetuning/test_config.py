@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import yaml
 
 from finetuning.errors import InputError
+from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
-from finetuning.settings.fields import Config, Group, contradictions, fields_of, read_config, run_command, setting
+from finetuning.settings.fields import Config, Group, contradictions, fields_in, fields_of, setting
+from finetuning.settings.reading import RECIPES, read_config, recipe_paths, run_command
 
+TRAINERS = (DreamBoothConfig, ControlNetConfig)
 NEEDED = ["--instance_data_dir=photos", "--instance_prompt=a photo of qwe mug"]
 
 
@@ -123,6 +127,131 @@ class _Numbers(Group):
 @dataclass
 class _Config(Config):
     numbers: _Numbers
+
+
+@dataclass
+class _Files(Group):
+    """Files"""
+
+    folder: str = setting(None, "The folder of a run.", positional=True, required=True)
+    names: list[str] = setting([], "Names to look for.", positional=True)
+
+
+@dataclass
+class _Search(Config):
+    """Search a folder.
+
+    By names.
+    """
+
+    files: _Files
+    numbers: _Numbers
+
+
+@dataclass
+class _Count(Config):
+    """Count to a number."""
+
+    numbers: _Numbers
+
+
+COMMANDS = {"search": _Search, "count": _Count}
+
+
+def test_some_values_are_typed_without_a_flag(tmp_path):
+    config = read_config(_Search, ["runs", "a", "b", "--n=3"])
+    assert (config.files.folder, config.files.names, config.numbers.n) == ("runs", ["a", "b"], 3)
+    assert read_config(_Search, ["--n=3", "runs"]).files.names == []
+    (tmp_path / "search.yaml").write_text("folder: runs\nnames: [c]\n")
+    assert read_config(_Search, [f"--config={tmp_path / 'search.yaml'}"]).files == _Files("runs", ["c"])
+    for arguments, message in (
+        ([], "folder: needed, the folder of a run"),
+        ([" "], "folder= : is empty"),
+        (["runs", "--mayb=1"], "unknown flag --mayb; did you mean maybe?"),
+        (["--n=1", "runs", "--n=2", "a"], "unexpected argument 'a'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_config(_Search, arguments)
+        assert str(caught.value).startswith(message), arguments
+
+
+def test_subcommands_have_settings_of_their_own(capsys):
+    assert read_config(COMMANDS, ["search", "runs", "a"]).files.names == ["a"]
+    assert isinstance(read_config(COMMANDS, ["count", "--n=2"]), _Count)
+    for arguments, message in (
+        (["serach", "runs"], "serach: no such command; did you mean search?; give one of search, count first"),
+        ([], "a command is needed; give one of search, count first"),
+        (["count", "runs"], "unexpected argument 'runs'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_config(COMMANDS, arguments)
+        assert str(caught.value).startswith(message), arguments
+    for arguments in (["--help"], ["search", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            read_config(COMMANDS, arguments, "Find things.")
+        assert ended.value.code == 0
+    whole, own = capsys.readouterr().out.split("usage: ")[1:]
+    assert "Find things." in whole and "search  Search a folder.\n  count   Count to a number.\n" in whole
+    assert own.split("\n")[0].endswith(" search FOLDER NAMES [--config run.yaml] [--flag=value …]")
+    assert "By names." in own and "The folder of a run. (needed)" in own and "--n INT" in own
+
+
+def help_of(config: type[Config], flag: str, capsys) -> str:
+    with pytest.raises(SystemExit) as ended:
+        read_config(config, [flag])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", TRAINERS)
+def test_help_shows_the_common_flags_and_where_the_others_are(config, capsys):
+    common = [field.name for field in fields_in(config) if field.metadata["common"]]
+    first, whole = help_of(config, "--help", capsys), help_of(config, "--help-all", capsys)
+    assert re.findall(r"^  --(\w+)(?= )", first, re.M)[0:2] == ["recipe", "config"]
+    for field in fields_in(config):
+        is_there = re.search(rf"^  --{field.name}\b", first, re.M) is not None
+        assert is_there == (field.name in common) and f"  --{field.name}" in whole, field.name
+    assert 15 <= len(common) <= 27
+    assert "--help-all` shows the rest" in first.splitlines()[-1] and "shows the rest" not in whole
+    assert "--help-all" not in help_of(_Count, "--help", capsys), "a program whose flags are few shows all of them"
+
+
+@pytest.mark.parametrize("config", TRAINERS)
+def test_recipes_override_defaults_and_are_overridden_by_files_and_flags(config, tmp_path):
+    needed = NEEDED if config is DreamBoothConfig else []
+    name = next(name for name in recipe_paths(config) if name.endswith("-embedded"))
+    recipe = yaml.safe_load(recipe_paths(config)[name].read_text())
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.5\nboft_n_butterfly_factor: 1\n")
+    flags = [f"--recipe={name}", "--max_train_steps=99", "--boft_n_butterfly_factor=3"]
+    if config is DreamBoothConfig:
+        flags += ["--class_prompt=a mug", "--class_data_dir=classes"]
+    now = read_config(config, [*flags, *needed, f"--config={tmp_path / 'mine.yaml'}"]).as_dict()
+    overridden = {"learning_rate": 0.5, "max_train_steps": 99, "boft_n_butterfly_factor": 3}
+    assert {key: now[key] for key in recipe} == {**recipe, **overridden}
+
+
+@pytest.mark.parametrize("config", TRAINERS)
+def test_every_recipe_passes_the_checks_of_its_trainer(config):
+    """A recipe says how to train; on what is said by flags."""
+    trainer = "dreambooth" if config is DreamBoothConfig else "controlnet"
+    assert set(recipe_paths(config)) == {path.stem for path in RECIPES.glob(f"{trainer}*.yaml")} != set()
+    given = [*NEEDED, "--class_prompt=a mug", "--class_data_dir=classes"] if trainer == "dreambooth" else []
+    for name, path in recipe_paths(config).items():
+        recipe = yaml.safe_load(path.read_text())
+        now = read_config(config, [f"--recipe={name}", *given]).as_dict()
+        assert {key: now[key] for key in recipe} == recipe, name
+
+
+def test_every_file_of_recipes_belongs_to_a_trainer():
+    assert {path for config in TRAINERS for path in recipe_paths(config).values()} == set(RECIPES.iterdir())
+
+
+def test_an_unknown_recipe_is_told_which_there_are():
+    for name in ("dreambooth-embeded", "controlnet", "../recipes/dreambooth"):
+        with pytest.raises(InputError, match=f"--recipe={name}: no such recipe; there are: dreambooth-embedded, dre"):
+            read(f"--recipe={name}")
+    with pytest.raises(InputError, match="unknown flag --recipe"):
+        read_config(_Count, ["--recipe=x"])
 
 
 @pytest.mark.parametrize("argument", ["--n=-1", "--n=4", "--n=nan", "--n=", "--maybe=0", "--maybe=inf", "--n"])

@@ -15,7 +15,7 @@ from finetuning.control.builders import build_streams
 from finetuning.control.conditions import canny, label_colours, read_bands
 from finetuning.control.consistency import edge_scores
 from finetuning.settings.control import ControlNetConfig
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 from toyworld.controls import Controls
 
 

@@ -12,7 +12,7 @@ from test_evaluation import load_script
 from finetuning.adapters.adapter import add_boft, add_lora
 from finetuning.errors import RunError
 from finetuning.models.loading import load_stable_diffusion
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 from finetuning.studies.throughput.inputs import write_images
 from finetuning.studies.throughput.measure import Racer, Workload, measure
 from finetuning.studies.throughput.turns import in_turn, ratio, spread

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth
 from finetuning.run.joining import forget_processes
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 BOFT = ("--use_boft", "--boft_block_size=4", "--boft_n_butterfly_factor=2")
 

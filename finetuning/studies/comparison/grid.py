@@ -13,7 +13,8 @@ import yaml
 
 from finetuning import files
 from finetuning.errors import InputError
-from finetuning.settings.fields import Config, read_config
+from finetuning.settings.fields import Config
+from finetuning.settings.reading import read_config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
-from finetuning.settings.fields import run_command
+from finetuning.settings.reading import run_command
 
 PATIENCE = 15  # seconds that an interrupted trainer has to end by itself
 

@@ -16,7 +16,7 @@ import torch
 from finetuning.recipes import control_command, dreambooth_command
 from finetuning.run.joining import forget_processes
 from finetuning.run_folder import METRICS, read_metrics
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 from finetuning.studies.gpu_check.clock import synchronize
 from finetuning.studies.gpu_check.waiting import Waits, recorded
 

@@ -28,7 +28,7 @@ from PIL import Image
 from finetuning.adapters.adapter import target_modules
 from finetuning.objective.diffusion import add_noise, mean_squared_error, target
 from finetuning.run.resident_memory import peak_resident_memory
-from finetuning.settings.fields import read_config
+from finetuning.settings.reading import read_config
 from finetuning.studies.throughput.measure import PROMPTS, Workload
 
 
