@@ -1,7 +1,7 @@
 # make dreambooth   install, train BOFT on an embedded subject on the CPU, show what came out
 # make controlnet   install, train light control with BOFT on the CPU, score it, show what came out
 # make test         install, run every test
-# make quality      ruff: lint and format
+# make quality      ruff: lint and format; mypy: types
 #
 # PIP_ARGS is passed to pip: on Linux without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # saves the CUDA build of torch (several GB).
@@ -28,6 +28,7 @@ test: $(VENV)/.installed-dev
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

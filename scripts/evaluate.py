@@ -52,9 +52,9 @@ from finetuning.dreambooth.prompts import Words, read_templates
 from finetuning.dreambooth.protocol import SCORES, Encoders, overview, score_all, summary
 from finetuning.dreambooth.scoring import find_runs, read_subject, score_run
 from finetuning.errors import InputError
+from finetuning.evaluation.encoders import Encoder, Preprocessing, load_clip, load_dino
 from finetuning.evaluation.lpips import load_lpips
 from finetuning.evaluation.score_table import as_json, markdown, mean_of, write, write_table
-from finetuning.evaluation.scores import Encoder, Preprocessing, load_clip, load_dino
 from finetuning.files import save_picture
 from finetuning.pictures.gallery import read_gallery, weights_of
 from finetuning.pictures.generation import choose_scheduler

@@ -103,6 +103,12 @@ def test_rooms_import_from_rooms_below():
     assert not faults
 
 
+def test_contributing_shows_the_rooms():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)/?` \|.+\| ?([\w ]*?) ?\|$", text, re.MULTILINE)
+    assert shown == list(ROOMS.items())
+
+
 def test_rooms_say_what_they_are():
     for room in {path.parent for path in sources("finetuning")}:
         text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or "?"

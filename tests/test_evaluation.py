@@ -23,21 +23,18 @@ from training import flags, run
 from finetuning.dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, Words, find_words
 from finetuning.errors import InputError
 from finetuning.evaluation import lpips as lpips_module
+from finetuning.evaluation.encoders import IMAGENET, Preprocessing, load_clip, load_dino
 from finetuning.evaluation.lpips import LPIPS, distance, load_lpips
 from finetuning.evaluation.score_table import as_csv, as_json, markdown
 from finetuning.evaluation.scores import (
-    IMAGENET,
-    Preprocessing,
     agreement,
     cosine,
     image_scores,
     is_blackened,
-    load_clip,
-    load_dino,
-    mean_and_interval,
     score_pictures,
     text_scores,
 )
+from finetuning.evaluation.statistics import mean_and_interval
 from finetuning.settings.reading import run_command
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,22 +21,26 @@ _RAMP = Image.fromarray(np.linspace(0, 255, 256).astype(np.uint8)[:, None].repea
 
 
 def mix(a: RGB, b: RGB, t: float) -> RGB:
-    """`a` at t = 0, `b` at t = 1."""
-    return tuple(int(x + (y - x) * t) for x, y in zip(a, b))
+    """The colour between `a`, at t = 0, and `b`, at t = 1."""
+    red, green, blue = (int(x + (y - x) * t) for x, y in zip(a, b))
+    return red, green, blue
 
 
 def darker(colour: RGB, factor: float = 0.72) -> RGB:
-    return tuple(int(c * factor) for c in colour)
+    """The colour with each channel multiplied by `factor`."""
+    red, green, blue = (int(c * factor) for c in colour)
+    return red, green, blue
 
 
 def lighter(colour: RGB, t: float = 0.35) -> RGB:
+    """The colour at the share `t` of the way to white."""
     return mix(colour, (255, 255, 255), t)
 
 
 class _Canvas:
     """A canvas of unit coordinates: (0, 0) is the top left, (1, 1) the bottom right."""
 
-    def __init__(self, rng: random.Random):
+    def __init__(self, rng: random.Random) -> None:
         self.rng, self.u = rng, rng.uniform
         self.image = Image.new("RGB", (SIDE, SIDE))
         self.draw = ImageDraw.Draw(self.image)
@@ -245,5 +249,5 @@ def background(context: str, rng: random.Random, side: int) -> Image.Image:
     """Paint `context` as an RGB image of `side` pixels, slightly out of focus."""
     canvas = _Canvas(rng)
     _PAINTERS[context](canvas)
-    image = canvas.image.resize((side, side), Image.BILINEAR)
+    image = canvas.image.resize((side, side), Image.Resampling.BILINEAR)
     return image.filter(ImageFilter.GaussianBlur(0.45 * side / 64))

@@ -7,6 +7,7 @@ embeddings name the attributes; they are thrown away afterwards.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 class _Student(nn.Module):
     """CLIP with the heads that help it to learn."""
 
-    def __init__(self, clip: CLIPModel):
+    def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.clip = clip
         self.heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in COUNTS)
@@ -78,8 +79,8 @@ def embed_tokens(clip: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
     return F.normalize(clip.text_projection(pooled).float(), dim=-1)
 
 
-def encoder_of(tokenizer: CLIPTokenizer):
-    """A function from texts to padded ids (N, L), which remembers texts it has seen."""
+def encoder_of(tokenizer: CLIPTokenizer) -> Callable[[Sequence[str]], torch.Tensor]:
+    """A function from N texts to their padded ids (N, L), which remembers the texts that it has seen."""
 
     @cache
     def ids(text: str) -> list[int]:
@@ -108,13 +109,13 @@ def train(images: np.ndarray, tokenizer: CLIPTokenizer, folder: Path, steps: int
         logits = image @ text.T * clip.logit_scale.exp().clamp(max=60)
         by_image = -(fits / fits.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
         by_text = -(fits / fits.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-        named = [
+        named = sum(
             F.cross_entropy(head(10 * image), truth[:, k], ignore_index=-1)
             + 0.5 * F.cross_entropy(head(10 * text), stated[:, k], ignore_index=-1)
             for k, head in enumerate(heads)
-        ]
-        loss = 0.5 * (by_image + by_text) + 0.5 * sum(named)
-        return loss, {"contrast": (by_image + by_text).item(), "names": sum(named).item()}
+        )
+        loss = 0.5 * (by_image + by_text) + 0.5 * named
+        return loss, {"contrast": (by_image + by_text).item(), "names": float(named)}
 
     fit("clip", student, loss_of, steps=steps, folder=folder, optimizer=muon(student, 1e-3, 0.02))
     with torch.no_grad():  # words of no caption look like words, of no meaning

@@ -1,6 +1,6 @@
 """Pictures with their truth as a data set of unlimited size: each index is a scene of its own.
 
-No seed of it is one of the sets in renders.py, so that neither the base nor the judge has seen these pictures.
+Its seeds are none of those in renders.py, so that neither the base nor the judge has seen these pictures.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ class Controls:
     """Pictures, control images and captions.
 
     Attributes:
-        kind: edges = outlines of the object's visible parts; mask = the object.
-        part: train, held out or test, which never meet. On the held-out ones settings may be chosen.
+        kind: "edges" for the outlines of the object's visible parts, or "mask" for the object.
+        part: "train", "held out" or "test", which share no picture. Settings may be chosen on "held out".
+        size: always None, because the data set has no end.
     """
 
     kind: str
     part: str = "train"
-    size: int | None = None  # unlimited
+    size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
 

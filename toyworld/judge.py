@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from . import renders
 from .loop import fit
 from .scene import CATEGORIES, COLOURS, CONTEXTS, PATTERNS
 from .vae import pixels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11 on
 
 ATTRIBUTES = ("category", "colour", "pattern", "context")
 COUNTS = (len(CATEGORIES), len(COLOURS), len(PATTERNS), len(CONTEXTS))
@@ -44,8 +48,8 @@ class Network(nn.Module, PyTorchModelHubMixin):
     """A judge's network: config.json and model.safetensors in a folder."""
 
     @classmethod
-    def load(cls, folder: Path) -> Network:
-        """The network that `save_pretrained` wrote into `folder`, in float32 and evaluation mode."""
+    def load(cls, folder: Path) -> Self:
+        """The network that `save_pretrained` wrote into `folder`, in float32 and in evaluation mode."""
         network = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         network.load_state_dict(load_file(folder / "model.safetensors"))
         return network.eval()
@@ -54,7 +58,7 @@ class Network(nn.Module, PyTorchModelHubMixin):
 class AttributeJudge(Network):
     """Reads the attributes off pictures in [-1, 1], (N, 3, 64, 64): a list of logits, in the order of `ATTRIBUTES`."""
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128)):
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128)) -> None:
         super().__init__()
         self.trunk = _trunk(tuple(widths))
         self.heads = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * widths[-1], sum(COUNTS)))
@@ -77,7 +81,7 @@ class AttributeJudge(Network):
 class InstanceJudge(Network):
     """Embeds the individual in pictures in [-1, 1], (N, 3, 64, 64): unit vectors (N, 64)."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 56, 96, 128), dimensions: int = 64):
+    def __init__(self, widths: tuple[int, ...] = (32, 56, 96, 128), dimensions: int = 64) -> None:
         super().__init__()
         self.trunk = _trunk(tuple(widths))
         self.head = nn.Linear(4 * widths[-1], dimensions)
@@ -126,7 +130,8 @@ def train_attributes(folder: Path, workers: int, steps: int, batch: int = 96) ->
         x = degrade(pixels(images[index.numpy()]), generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = judge(x)
-        loss = sum(F.cross_entropy(head, truth[index, k], ignore_index=-1) for k, head in enumerate(logits))
+        losses = [F.cross_entropy(head, truth[index, k], ignore_index=-1) for k, head in enumerate(logits)]
+        loss = sum(losses, torch.zeros(()))
         return loss, {"loss": loss.item()}
 
     fit("judge_attributes", judge, loss_of, steps=steps, folder=folder, optimizer=_optimizer(judge))

@@ -34,7 +34,7 @@ class Muon:
 
     def __init__(
         self, hidden: list[nn.Parameter], other: list[nn.Parameter], learning_rate: float, weight_decay: float
-    ):
+    ) -> None:
         self._pairs = [(p, nn.Parameter(p.detach().flatten(1))) for p in hidden]
         self._parts = [
             torch.optim.Muon(
@@ -80,7 +80,7 @@ def muon(module: nn.Module, learning_rate: float, weight_decay: float) -> Muon:
 class Average:
     """An exponential moving average of parameters, whose horizon grows with the run up to 1 / (1 - `decay`) steps."""
 
-    def __init__(self, module: nn.Module, decay: float = 0.997):
+    def __init__(self, module: nn.Module, decay: float = 0.997) -> None:
         self.module, self.decay = module, decay
         self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
 

@@ -7,6 +7,7 @@ so that a small model never has to choose a side.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from .scene import RGB
 
+Uniform = Callable[[float, float], float]  # draws a number between two others
 MATERIALS: dict[str, RGB] = {
     "coffee": (92, 56, 34),
     "glass": (176, 216, 238),
@@ -54,6 +56,7 @@ class Shape(NamedTuple):
 
 @lru_cache
 def _arc(n: int, start: float, end: float) -> np.ndarray:
+    """`n` points of the unit circle from angle `start` to `end`, in degrees: (n, 2)."""
     a = np.radians(np.linspace(start, end, n, endpoint=(end - start) % 360 != 0))
     return np.stack([np.cos(a), np.sin(a)], 1)
 
@@ -61,34 +64,39 @@ def _arc(n: int, start: float, end: float) -> np.ndarray:
 def ellipse(
     cx: float, cy: float, rx: float, ry: float, n: int = 26, start: float = 0.0, end: float = 360.0
 ) -> np.ndarray:
+    """The outline (n, 2) of an ellipse, or of its part between two angles in degrees."""
     return _arc(n, start, end) * (rx, ry) + (cx, cy)
 
 
 def polygon(*points: tuple[float, float]) -> np.ndarray:
+    """The outline (N, 2) through these points."""
     return np.array(points, float)
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    """The outline (4, 2) of a rectangle between two corners."""
     return polygon((x0, y0), (x1, y0), (x1, y1), (x0, y1))
 
 
 def rounded(x0: float, y0: float, x1: float, y1: float, r: float) -> np.ndarray:
+    """The outline (N, 2) of a rectangle whose corners are rounded with radius `r`."""
     corners = ((x1 - r, y0 + r, -90), (x1 - r, y1 - r, 0), (x0 + r, y1 - r, 90), (x0 + r, y0 + r, 180))
     return np.concatenate([ellipse(x, y, r, r, 6, a, a + 89) for x, y, a in corners])
 
 
 def ring(cx: float, cy: float, rx: float, ry: float, width: float, start: float, end: float) -> np.ndarray:
+    """The outline (32, 2) of a part of an elliptic ring of this width, between two angles in degrees."""
     outer = ellipse(cx, cy, rx, ry, 16, start, end - 0.01)
     inner = ellipse(cx, cy, max(rx - width, 0.01), max(ry - width, 0.01), 16, start, end - 0.01)
     return np.concatenate([outer, inner[::-1]])
 
 
-def _ball(u) -> Shape:
+def _ball(u: Uniform) -> Shape:
     r = u(0.82, 0.95)
     return Shape([Part(ellipse(0, 1 - r, r, r, 40), "body")], (0, 1 - r, 0.38))
 
 
-def _mug(u) -> Shape:
+def _mug(u: Uniform) -> Shape:
     w, h, taper, rim = u(0.54, 0.66), u(1.4, 1.65), u(-0.06, 0.1), u(0.12, 0.17)
     top = 1 - h
     bowl = np.concatenate([ellipse(0, 1 - rim, w - taper, rim, 14, 0, 180), polygon((-w, top), (w, top))])
@@ -103,7 +111,7 @@ def _mug(u) -> Shape:
     )
 
 
-def _teapot(u) -> Shape:
+def _teapot(u: Uniform) -> Shape:
     rx, ry = u(0.62, 0.7), u(0.57, 0.66)
     cy = 1 - ry
     spout = polygon(
@@ -126,7 +134,7 @@ def _teapot(u) -> Shape:
     )
 
 
-def _car(u) -> Shape:
+def _car(u: Uniform) -> Shape:
     h, cabin, shift, r = u(0.52, 0.62), u(0.42, 0.52), u(-0.08, 0.08), u(0.22, 0.27)
     y = 0.82 - h
     top = y - cabin
@@ -151,7 +159,7 @@ def _car(u) -> Shape:
     return Shape(parts, (0, y + 0.28, 0.22))
 
 
-def _boat(u) -> Shape:
+def _boat(u: Uniform) -> Shape:
     deck = 1 - u(0.44, 0.54)
     return Shape(
         [
@@ -168,7 +176,7 @@ def _boat(u) -> Shape:
     )
 
 
-def _house(u) -> Shape:
+def _house(u: Uniform) -> Shape:
     w, eaves, door = u(0.72, 0.82), u(-0.12, 0.0), -0.34 if u(0, 1) < 0.5 else 0.0
     roof = ("tile", "slate", "second")[int(u(0, 2.999))]
     parts = [
@@ -181,7 +189,7 @@ def _house(u) -> Shape:
     return Shape(parts, (0, eaves - 0.26, 0.22))
 
 
-def _robot(u) -> Shape:
+def _robot(u: Uniform) -> Shape:
     w, arms = u(0.47, 0.56), u(0, 1)
     parts = [Part(rectangle(-0.04, -1.0, 0.04, -0.7), "metal"), Part(ellipse(0, -1.0, 0.1, 0.1, 12), "signal")]
     for side in (-1, 1):
@@ -202,7 +210,7 @@ def _robot(u) -> Shape:
     return Shape(parts, (0, 0.25, 0.28))
 
 
-def _candle(u) -> Shape:
+def _candle(u: Uniform) -> Shape:
     w, top, f = u(0.34, 0.44), u(-0.32, -0.14), u(0.22, 0.27)
     wax = np.concatenate([ellipse(0, 0.84, w, 0.1, 12, 0, 180), polygon((-w, top), (w, top))])
     flame = polygon(
@@ -227,7 +235,7 @@ def _candle(u) -> Shape:
     )
 
 
-def _backpack(u) -> Shape:
+def _backpack(u: Uniform) -> Shape:
     w, y = u(0.62, 0.7), u(-0.78, -0.68)
     sack = np.concatenate(
         [
@@ -246,7 +254,7 @@ def _backpack(u) -> Shape:
     return Shape(parts, (0, -0.14, 0.25))
 
 
-def _duck(u) -> Shape:
+def _duck(u: Uniform) -> Shape:
     wing = u(0.38, 0.46)
     return Shape(
         [
@@ -261,7 +269,7 @@ def _duck(u) -> Shape:
     )
 
 
-def _cat(u) -> Shape:
+def _cat(u: Uniform) -> Shape:
     ear = u(0.95, 1.05)
     parts = [
         Part(ring(-0.55, 0.55, 0.42, 0.42, 0.14, 80, 250), "second"),
@@ -283,7 +291,7 @@ def _cat(u) -> Shape:
     return Shape(parts, (0, 0.5, 0.27))
 
 
-def _dog(u) -> Shape:
+def _dog(u: Uniform) -> Shape:
     ear = u(0.38, 0.46)
     parts = [
         Part(ring(-0.62, 0.35, 0.3, 0.4, 0.14, 90, 230), "second"),

@@ -36,20 +36,27 @@ STEPS = {
 }
 
 
+# Each stage takes the folder of work in progress and the number of processes.
+
+
 def render_sets(work: Path, workers: int) -> None:
+    """Render all sets of pictures."""
     for name in renders.SIZES:
         renders.images(work, name, workers)
 
 
 def train_tokenizer(work: Path, workers: int) -> None:
+    """Build the tokenizer from the words of captions."""
     tokenizer.build(work / "tokenizer")
 
 
 def train_vae(work: Path, workers: int) -> None:
+    """Train the autoencoder."""
     vae.train(renders.images(work, "train"), work, STEPS["vae"]).save_pretrained(work / "vae")
 
 
 def train_clip(work: Path, workers: int) -> None:
+    """Train the small CLIP, and keep its text tower as the pipeline's text encoder."""
     words = CLIPTokenizer.from_pretrained(work / "tokenizer")
     model = clip.train(renders.images(work, "train"), words, work, STEPS["clip"])
     model.save_pretrained(work / "clip")
@@ -60,6 +67,7 @@ def train_clip(work: Path, workers: int) -> None:
 
 
 def train_judge(work: Path, workers: int) -> None:
+    """Train the two networks that judge attributes and individuals."""
     generator = torch.Generator().manual_seed(79)
     reader = judge.train_attributes(work, workers, STEPS["judge_attributes"])
     judge.recalibrate(reader, renders.images(work, "judge"), generator)
@@ -70,15 +78,18 @@ def train_judge(work: Path, workers: int) -> None:
 
 
 def train_segmentation(work: Path, workers: int) -> None:
+    """Train the network that judges masks."""
     segmentation.train(work, STEPS["judge_segmentation"]).save_pretrained(work / "judge" / "segmentation")
 
 
 def encode_latents(work: Path, workers: int) -> None:
+    """Encode all pictures of the set "train" once."""
     model = AutoencoderKL.from_pretrained(work / "vae")
     torch.save(vae.encode(model, renders.images(work, "train")).half(), work / "latents.pt")
 
 
 def train_unet(work: Path, workers: int) -> None:
+    """Train the UNet on the latents."""
     unet.train(work, work, STEPS["unet"], workers)
 
 
@@ -97,7 +108,7 @@ def export(work: Path, output: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(output / "base")
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(output / "clip")
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(output / "clip")
-    networks = {
+    networks: dict[str, type[judge.Network]] = {
         "attributes": judge.AttributeJudge,
         "instances": judge.InstanceJudge,
         "segmentation": segmentation.SegmentationJudge,
@@ -150,6 +161,7 @@ def _side_by_side(groups: list[list[str]], work: Path, workers: int) -> None:
 
 
 def main() -> None:
+    """Run the stages that the command names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run, in this order")
     parser.add_argument("--work_dir", type=Path, default=Path("data/cache/pretrain"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,9 @@ def _shading() -> tuple[Image.Image, Image.Image]:
 _SHADE, _HIGHLIGHT = _shading()
 _GLOSSY = {"ball", "mug", "teapot", "duck", "candle", "car"}
 _WATER: RGB = (70, 150, 210)
+
+
+Place = Callable[[np.ndarray], list[float]]  # a polygon (N, 2) to x0, y0, x1, y1, … in supersampled pixels
 
 
 class Rendering(NamedTuple):
@@ -62,7 +66,7 @@ def _second_pattern_colour(body: RGB) -> RGB:
     return (150, 84, 30) if body[2] < 120 else (96, 92, 104)
 
 
-def _body_texture(thing: Individual, parts: list[Part], rng: random.Random, place) -> Image.Image | None:
+def _body_texture(thing: Individual, parts: list[Part], rng: random.Random, place: Place) -> Image.Image | None:
     """What is painted on the body: a pattern, or the second colour of a dipped, banded or split one; None for nothing.
 
     The second colour covers less of the body than the first, so that a named colour stays true.
@@ -72,7 +76,7 @@ def _body_texture(thing: Individual, parts: list[Part], rng: random.Random, plac
         return None
     image = Image.new("RGB", (SIDE, SIDE), thing.body)
     draw = ImageDraw.Draw(image)
-    other = tone[1] if tone else _second_pattern_colour(thing.body)
+    kind, other = tone or (None, _second_pattern_colour(thing.body))
     outline = np.concatenate([part.polygon for part in parts if part.role == "body"])
     (x0, y0), (x1, y1) = outline.min(0), outline.max(0)
     patches: list[np.ndarray] = []
@@ -89,9 +93,9 @@ def _body_texture(thing: Individual, parts: list[Part], rng: random.Random, plac
         k = rng.uniform(0.28, 0.34)
         cells = [(i, j) for i in range(-5, 5) for j in range(-4, 4) if (i + j) % 2 == 0]
         patches = [rectangle(i * k, j * k, (i + 1) * k, (j + 1) * k) for i, j in cells]
-    elif tone[0] == "dipped":
+    elif kind == "dipped":
         patches = [rectangle(x0, y0 + (y1 - y0) * rng.uniform(0.56, 0.68), x1, y1)]
-    elif tone[0] == "banded":
+    elif kind == "banded":
         middle, half = y0 + (y1 - y0) * rng.uniform(0.4, 0.6), (y1 - y0) * rng.uniform(0.13, 0.18)
         patches = [rectangle(x0, middle - half, x1, middle + half)]
     else:
@@ -105,7 +109,7 @@ def _body_texture(thing: Individual, parts: list[Part], rng: random.Random, plac
 class _Layer:
     """The object on a transparent layer, at the supersampled size, with its mask and edges."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.image = Image.new("RGB", (SIDE, SIDE))
         self.mask, self.edges = Image.new("L", (SIDE, SIDE)), Image.new("L", (SIDE, SIDE))
         self._draw, self._mask, self._edges = (ImageDraw.Draw(x) for x in (self.image, self.mask, self.edges))
@@ -143,7 +147,7 @@ def _draw_individual(thing: Individual, view: View) -> tuple[_Layer, float]:
     rotation = scale * np.array([[cosine * aspect, sine * aspect], [-sine, cosine]])
     offset = np.array([centre, ground]) - np.array([0.0, 1.0]) @ rotation
 
-    def place(polygon: np.ndarray) -> list[float]:  # (N, 2) -> x0, y0, x1, y1, ... in supersampled pixels
+    def place(polygon: np.ndarray) -> list[float]:
         return (polygon @ rotation + offset).ravel().tolist()
 
     layer, texture = _Layer(), _body_texture(thing, parts, rng, place)
@@ -172,6 +176,7 @@ def render(scene: Scene) -> Rendering:
     image = background(scene.context, rng, SIZE)
     layer, ground = _draw_individual(scene.individual, scene.view)
     box = layer.mask.getbbox()
+    assert box is not None, "views keep the object within the picture"
     layer.image.paste(_shaded(layer, box, scene.individual.category in _GLOSSY), box[:2])
 
     x0, x1, y = box[0] / SUPERSAMPLING, box[2] / SUPERSAMPLING, ground / SUPERSAMPLING
@@ -198,4 +203,4 @@ def contact_sheet(rows: list[list[Image.Image]], zoom: int = 2, gap: int = 2) ->
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             sheet.paste(image, (c * (side + gap), r * (side + gap)))
-    return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.LANCZOS)
+    return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.LANCZOS)

@@ -117,10 +117,12 @@ class Scene:
 def jitter(colour: RGB, rng: random.Random, amount: int = 10) -> RGB:
     """`colour` made lighter or darker and shifted a little."""
     level = rng.randint(-amount, amount)
-    return tuple(max(0, min(255, c + level + rng.randint(-amount // 2, amount // 2))) for c in colour)
+    red, green, blue = (max(0, min(255, c + level + rng.randint(-amount // 2, amount // 2))) for c in colour)
+    return red, green, blue
 
 
 def _contrasting(body: RGB, rng: random.Random) -> RGB:
+    """A colour of the palettes that differs clearly from `body`, jittered."""
     palette = [c for c in (*COLOURS.values(), *BETWEEN.values()) if sum(abs(a - b) for a, b in zip(c, body)) > 170]
     return jitter(rng.choice(palette), rng)
 

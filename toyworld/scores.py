@@ -21,17 +21,18 @@ PLAIN = 20  # pictures of the plain class prompt
 
 @dataclass(frozen=True)
 class Scores:
-    """What the judge says. All but `drift` are shares or scores around [0, 1].
+    """The scores of a model. All but `drift` are shares, or scores around [0, 1].
 
     Attributes:
-        subject: likeness of pictures of the subject's prompts: 0 = other members of the class, 1 = the subject itself.
+        subject: likeness to the subject of pictures drawn by its prompts: 0 is like other members of the class, 1 is
+            like the subject itself.
         subject_new: the same, in the contexts that no photo shows.
         category, context: share of those pictures that show the class, and the context of the prompt.
-        leak: likeness of pictures of the plain class prompt to the subject; 0 is right.
-        prior_attributes: how far category, colour, pattern and context of those pictures are distributed otherwise
-            than in the base model's: total variation, mean over the four, 0 = alike, 1 = disjoint.
-        prior_features: the same of the judge's features, by `energy_distance`.
-        others: attributes right in pictures of other captions, mean over category, colour, pattern and context.
+        leak: likeness to the subject of pictures drawn by the plain prompt of the class; 0 is right.
+        prior_attributes: total variation between the distributions of attributes in those pictures and in the base
+            model's, mean over category, colour, pattern and context; 0 is alike, 1 is disjoint.
+        prior_features: the `energy_distance` between the judge's features of those pictures and of the base model's.
+        others: share of attributes that are right in pictures of other captions, mean over the four attributes.
         drift: mean absolute difference of those pictures to the base model's, in units of the full range.
     """
 
@@ -48,10 +49,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a model was scored on, uint8 (N, 64, 64, 3) each.
+    """The pictures that a model was scored on, uint8 (N, 64, 64, 3) each.
 
     Attributes:
-        subject: of `subject_prompts`; plain: of the class prompt; other: of `other_prompts`.
+        subject: drawn by `subject_prompts`.
+        plain: drawn by the plain prompt of the class.
+        other: drawn by `other_prompts`.
     """
 
     subject: np.ndarray
@@ -66,7 +69,7 @@ def total_variation(a: np.ndarray, b: np.ndarray, count: int) -> float:
 
 
 def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Between the distributions of features (N, d) and (M, d): 0 = the same sample, 1 = two different points.
+    """Distance of the distributions of features (N, d) and (M, d): 0 for equal samples, 1 for two different points.
 
     1 - (E|A-A'| + E|B-B'|) / 2E|A-B|, the energy coefficient of inhomogeneity (Székely and Rizzo 2013).
     """
@@ -78,7 +81,7 @@ def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 class Judges:
     """The judge's networks, and the pictures that a subject is compared with."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str) -> None:
         self.attributes = AttributeJudge.load(folder / "attributes")
         self.instances = InstanceJudge.load(folder / "instances")
         self.name, self.category = name, SUBJECTS[name].category

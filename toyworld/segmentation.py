@@ -34,7 +34,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 class SegmentationJudge(Network):
     """Finds the object in pictures in [-1, 1], (N, 3, 64, 64): logits (N, 64, 64). A U-Net of four levels."""
 
-    def __init__(self, widths: tuple[int, ...] = (16, 24, 40, 64)):
+    def __init__(self, widths: tuple[int, ...] = (16, 24, 40, 64)) -> None:
         super().__init__()
         ins = (3, *widths[:-1])
         self.down = nn.ModuleList([_block(i, o) for i, o in zip(ins, widths)])
@@ -57,7 +57,7 @@ class SegmentationJudge(Network):
 
 
 def load_segmentation() -> Callable[[Image.Image], np.ndarray] | None:
-    """Labels of a picture by the shipped network; None where it is not shipped."""
+    """The function `labels` of the shipped network; None where no network is shipped."""
     return SegmentationJudge.load(FOLDER).labels if FOLDER.is_dir() else None
 
 

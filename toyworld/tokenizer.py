@@ -1,4 +1,4 @@
-"""The tokenizer: byte-pair encoding in CLIP's own format; words of the world are one token, other text is pieces."""
+"""The tokenizer: byte-pair encoding in CLIP's own format. A word of the world is one token, other text is several."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from finetuning.control.conditions import canny, label_colours, opencv
 from finetuning.errors import InputError
-from finetuning.evaluation.scores import IMAGENET, Preprocessing
+from finetuning.evaluation.encoders import IMAGENET, Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Prompts and captions that users give: as flags, in files beside the images, in metadata.jsonl, in tables."""
+"""Prompts and captions as users give them: in flags, in files beside the images, in metadata.jsonl, in tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class Example:
     """An image file and the prompt that it is trained with.
 
     Attributes:
-        origin: where the prompt was written, as a caption; "" = nowhere, it is the one of a flag.
+        path: the image file.
+        prompt: the prompt.
+        origin: the file, or the line of metadata.jsonl, in which the prompt stands as a caption; "" if a flag gave it.
     """
 
     path: Path
@@ -33,11 +35,18 @@ class Example:
 
 
 def find_examples(folder: str | Path, prompt: str, flag: str) -> list[Example]:
-    """Images with their prompts: `name.txt` (or .caption) beside `name.jpg`, or a line of metadata.jsonl, overrides
-    `prompt`.
+    """Find the images of a folder and the prompt of each.
+
+    An image's caption is `name.txt` (or `name.caption`) beside `name.jpg`, or else its line in metadata.jsonl.
+
+    Args:
+        folder: the folder with the images.
+        prompt: the prompt of images without a caption.
+        flag: the flag that gave the folder; errors name it.
 
     Raises:
-        InputError: no image, captions that cannot be read, that are no text, or two of one image that differ.
+        InputError: if there is no image, if a caption cannot be read or is no text, or if an image has two captions
+            that differ.
     """
     folder, images = Path(folder), find_images(folder, flag)
     captions = _captions_by_name(folder / METADATA, flag)
@@ -60,10 +69,13 @@ def find_examples(folder: str | Path, prompt: str, flag: str) -> list[Example]:
 
 
 def read_prompts(prompts: Sequence[str], flag: str) -> list[str]:
-    """The prompts themselves, or the lines of a .txt file that is given in their place.
+    """Read the values of a flag that takes prompts, or one .txt file with a prompt on each line.
+
+    Returns:
+        The prompts, or the lines of the file that are not empty.
 
     Raises:
-        InputError: a file that cannot be read or is not alone, or no prompt.
+        InputError: if the file cannot be read, if further values stand beside it, or if a prompt is empty.
     """
     if any(is_prompt_file(prompt) for prompt in prompts):
         if len(prompts) > 1:
@@ -85,10 +97,10 @@ def read_prompts(prompts: Sequence[str], flag: str) -> list[str]:
 
 
 def read_prompt(prompt: str, flag: str) -> str:
-    """As `read_prompts`, for a flag that takes one prompt.
+    """Read the value of a flag that takes one prompt, or a .txt file with one line.
 
     Raises:
-        InputError: as there, or the file holds several.
+        InputError: as `read_prompts` does, and if the file holds several prompts.
     """
     prompts = read_prompts([prompt], flag)
     if len(prompts) > 1:
@@ -97,12 +109,16 @@ def read_prompt(prompt: str, flag: str) -> str:
 
 
 def is_prompt_file(prompt: str) -> bool:
-    """Whether a value in the place of a prompt is a file with prompts."""
+    """Whether a flag's value is the name of a file with prompts, rather than a prompt."""
     return prompt.lower().endswith(".txt")
 
 
 def read_text(path: Path, flag: str) -> str:
-    """A user's text file. Raises InputError, naming it, if it is not UTF-8 or cannot be read."""
+    """Read a user's text file.
+
+    Raises:
+        InputError: if it cannot be read or is not UTF-8; the error names the flag and the file.
+    """
     try:
         return files.read(path)
     except (OSError, ValueError) as error:
@@ -110,10 +126,14 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def read_metadata(path: Path, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line of a metadata.jsonl stands, and its object, which has a file_name. Nothing, if there is no file.
+    """Read a metadata.jsonl; a file that does not exist has no lines.
+
+    Yields:
+        For each line: the place to name in errors, such as "photos/metadata.jsonl, line 3", and the line's object,
+        which has a file_name.
 
     Raises:
-        InputError: not UTF-8, or a line that is no such object.
+        InputError: if the file is not UTF-8, or if a line is not such an object.
     """
     if not path.exists() and not path.is_symlink():
         return
@@ -135,13 +155,15 @@ def read_metadata(path: Path, flag: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def caption_of(value: Any, where: str, remedy: str = "") -> str:
-    """A caption from a table: text, or the first of several, so that runs can be repeated.
+    """Read a caption from a table. Of a list of captions it is always the first, so that runs can be repeated.
 
     Args:
-        where: names the place in an error; remedy: is added to it.
+        value: what the table holds.
+        where: the place to name in an error.
+        remedy: what an error adds at its end.
 
     Raises:
-        InputError: it is no text: nothing, a number, a label, an object, an empty list.
+        InputError: if the value is neither text nor a list of texts, or if the text cannot be encoded.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
     if not values or not all(isinstance(text, str) for text in values):
@@ -156,7 +178,7 @@ def caption_of(value: Any, where: str, remedy: str = "") -> str:
 
 
 def _captions_by_name(path: Path, flag: str) -> dict[str, tuple[str, str]]:
-    """{file name: (caption, where it is written)} of a metadata.jsonl, as `datasets` reads it."""
+    """{file name: (caption, place to name in errors)} of a metadata.jsonl, as the `datasets` library reads it."""
     captions: dict[str, tuple[str, str]] = {}
     for where, entry in read_metadata(path, flag):
         key = next((key for key in CAPTION_KEYS if key in entry), None)
@@ -170,6 +192,7 @@ def _captions_by_name(path: Path, flag: str) -> dict[str, tuple[str, str]]:
 
 
 def _caption_of_files(files: Sequence[Path], flag: str) -> tuple[str, str]:
+    """The caption that these files of one image agree on, and the name of the first of them."""
     texts = [read_text(file, flag).strip() for file in files]
     if len(set(texts)) > 1:
         raise InputError(f"{flag}: {' and '.join(map(str, files))}: two captions of one image differ; keep one file")

@@ -1,4 +1,4 @@
-"""Image files: which there are in a folder, and what they show, upright and in 8 bits."""
+"""Image files: finding them in a folder, and reading them as upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from finetuning.errors import InputError
 
@@ -30,13 +31,13 @@ HEIC_REMEDY = (
     "HEIC cannot be read; convert it to JPEG, e.g. by `magick mogrify -format jpg *.heic` or, on a Mac, "
     "`sips -s format jpeg *.heic --out .`"
 )
-COMPANIONS = ("subject.json", "metadata.jsonl", "record.json")  # known to lie beside images
-SMALLEST_SIDE = 8
+COMPANIONS = ("subject.json", "metadata.jsonl", "record.json")  # expected beside images, so no warning names them
+SMALLEST_SIDE = 8  # pixels
 SEQUENCES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # may hold several pictures; MPO's others show the same photo again
-ORIENTATION = 0x0112  # of EXIF
-SHORT = 3  # type of its value
+ORIENTATION = 0x0112  # EXIF's tag for it
+SHORT = 3  # EXIF's number for the type of its value
 BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
-TURNS = {
+ROTATIONS = {  # EXIF's orientation: what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,19 +47,22 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 EXIF_PLACES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow finds an orientation
-DARKEST = 16384  # of 65535: a quarter, which is what 14 bits reach
+DARKEST = 16384  # the least maximum of a 16-bit image: a quarter of the range, which images of 14 bits stay below
 
 
 # Folders
 
 
 def find_images(folder: str | Path, flag: str) -> list[Path]:
-    """Image files of a folder, in the order of their names with numbers counted (2 before 10).
+    """Find the image files of a folder, in the order of their names, in which numbers count as numbers (2 before 10).
 
-    Stray files, and subfolders that hold images, are named in the log and skipped.
+    Other files, and subfolders that hold images, are skipped with a warning that names them.
+
+    Args:
+        flag: the flag that gave the folder; errors name it.
 
     Raises:
-        InputError: no folder, or no image in it.
+        InputError: if there is no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -88,16 +92,17 @@ def find_images(folder: str | Path, flag: str) -> list[Path]:
 
 
 def is_image_file(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    """Whether it is a file, or a link that leads nowhere, and is named as an image that is not hidden.
+    """Whether a path has the suffix of an image, is not hidden, and is a file or a broken link.
 
-    Pipes and devices are none: whoever opens them may wait for ever.
+    Broken links count, so that reading them fails with an error instead of their being skipped. Pipes and devices do
+    not: opening one may block forever.
     """
     is_named = path.suffix.lower() in suffixes and not path.name.startswith(".")
     return is_named and (path.is_file() or not path.exists())
 
 
 def composed(name: str) -> str:
-    """A name to compare by: an é of one character, and one of e and an accent, are the same."""
+    """A file name in Unicode's composed form (NFC), so that é as one character equals é as e and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -108,7 +113,8 @@ def _holds_images(folder: Path) -> bool:
         return False
 
 
-def _natural(path: Path) -> list:
+def _natural(path: Path) -> list[int | str]:
+    """A key that sorts file names with the numbers in them as numbers."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
@@ -116,22 +122,25 @@ def _natural(path: Path) -> list:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image as upright 8-bit RGB: EXIF rotation applied, transparency on white, 16-bit grey scaled down.
+    """Read an image as 8-bit RGB: turned as its EXIF says, transparency on white, 16-bit grey scaled down.
 
     Raises:
-        InputError: corrupt, truncated, too small or too large, of unknown range, or several pictures; names the file.
+        InputError: if the file is corrupt or truncated, holds several pictures, is too small or too large, or has
+            values of an unknown range; the error names the file.
     """
     return to_rgb(read_picture(path, str(path)), str(path))
 
 
 def read_picture(file: Path | BytesIO, name: str, kind: str = "image") -> Image.Image:
-    """The picture of a file as it was saved, in its own mode, upright.
+    """Read the picture of a file in the mode in which it was saved, turned as its EXIF says.
 
     Args:
-        name, kind: stand in an error.
+        file: the file, or its bytes.
+        name: what an error calls the file.
+        kind: what an error says that the file should be.
 
     Raises:
-        InputError: corrupt, truncated, too large, or of several pictures.
+        InputError: if the file is corrupt or truncated, too large, or holds several pictures.
     """
     with naming(name, kind, file), Image.open(file) as image:
         refuse_sequence(image, name)
@@ -141,23 +150,29 @@ def read_picture(file: Path | BytesIO, name: str, kind: str = "image") -> Image.
 
 
 def verify_picture(file: Path | BytesIO, name: str, kind: str = "image") -> tuple[int, int]:
-    """The sides of a picture, the shorter one first, from its header; pixels are not decoded.
+    """Check a picture without decoding its pixels. The arguments are those of `read_picture`.
+
+    Returns:
+        Its two sides in pixels, the shorter one first.
 
     Raises:
-        InputError: no image, or what can be known of the file's integrity without decoding it.
+        InputError: if the file is no image or holds several, or if Pillow finds it damaged without decoding it.
     """
     with naming(name, kind, file), Image.open(file) as image:
         refuse_sequence(image, name)
         _refuse_odd_grey(image, name)
         image.verify()
-        return tuple(sorted(image.size))
+        return min(image.size), max(image.size)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An open, upright image in 8-bit RGB; `name` stands in the error.
+    """Convert an open, upright image to 8-bit RGB.
+
+    Args:
+        name: what an error calls the file.
 
     Raises:
-        InputError: too small, of unknown range, or of colours that cannot be converted.
+        InputError: if the image is too small, its values have an unknown range, or its colours cannot be converted.
     """
     if min(image.size) < SMALLEST_SIDE:
         raise InputError(f"{name}: {image.width}×{image.height} pixels are too few to learn from; remove it")
@@ -176,22 +191,24 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A copy that is turned as its EXIF says, whatever else is in that."""
-    if (turn := TURNS.get(_orientation(image))) is None:
+    """A copy of an image, turned as its EXIF says."""
+    orientation = _orientation(image)
+    turn = ROTATIONS.get(orientation) if isinstance(orientation, int) else None
+    if turn is None:
         return image.copy()
     turned = image.transpose(turn)
-    for place in EXIF_PLACES:  # it would be turned again by whoever looks there
+    for place in EXIF_PLACES:  # a later reader of the orientation would turn it again
         turned.info.pop(place, None)
     return turned
 
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """What `open_image` makes of a file, for an image that is open; `name` stands in the error."""
+    """What `open_image` returns, for an image that is already open. name: what an error calls the file."""
     return to_rgb(upright(image), name)
 
 
 def refuse_sequence(image: Image.Image, name: str) -> None:
-    """Raises InputError for an animation, or pages."""
+    """Raises InputError if a file holds several pictures, as animations and files with pages do."""
     count = getattr(image, "n_frames", 1) if image.format in SEQUENCES else 1
     if count > 1:
         raise InputError(f"{name}: holds {count} pictures; save the one that it is about as a file of its own")
@@ -199,7 +216,13 @@ def refuse_sequence(image: Image.Image, name: str) -> None:
 
 @contextmanager
 def naming(name: str, kind: str = "image", file: Path | BytesIO | None = None) -> Iterator[None]:
-    """Whatever decoding raises, as an InputError that names the file: decoders raise anything for damaged files."""
+    """Turns any error of decoding into an InputError that names the file: on damaged files, decoders raise anything.
+
+    Args:
+        name: what the error calls the file.
+        kind: what the error says that the file should be.
+        file: the file or its bytes, to tell whether it is HEIC under another name.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, without the file's name
@@ -214,7 +237,10 @@ def naming(name: str, kind: str = "image", file: Path | BytesIO | None = None) -
 
 
 def _orientation(image: Image.Image) -> object:
-    """1 to 8, or something else where none is known. Pillow does not read EXIF beyond a damaged entry: look first."""
+    """EXIF's orientation, 1 to 8, or something else where none is known.
+
+    EXIF is searched here first, because Pillow reads none of its entries behind a damaged one.
+    """
     data = image.info.get("exif")
     data = data.removeprefix(b"Exif\0\0") if isinstance(data, bytes) else b""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
@@ -232,20 +258,21 @@ def _orientation(image: Image.Image) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return image.getexif().get(ORIENTATION)
-    except Exception:  # EXIF that cannot be read says nothing; viewers of pictures do the same
+    except Exception:  # EXIF that cannot be read is ignored, as viewers of pictures ignore it
         return None
 
 
 def _refuse_odd_grey(image: Image.Image, name: str) -> None:
     """Raises InputError for grey TIFFs that Pillow would show too dark or as their negative."""
-    if image.format == "TIFF" and image.mode.startswith("I;16"):
-        bits, is_negative = image.tag_v2.get(BITS), image.tag_v2.get(PHOTOMETRIC) == 0
+    if isinstance(image, TiffImageFile) and image.mode.startswith("I;16"):
+        bits, is_negative = image.tag_v2.get(BITS, ()), image.tag_v2.get(PHOTOMETRIC) == 0
         if bits != (16,) or is_negative:
             odd = "with white as 0" if is_negative else f"of {' '.join(map(str, bits))} bits"
             raise InputError(f"{name}: a grey TIFF {odd}; save it in 8 bits, or in 16 with black as 0")
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """A 16-bit grey image in 8 bits; InputError if it is nearly black, which tells that it has fewer bits."""
     grey = np.asarray(image, dtype=np.float32)
     if grey.max() < DARKEST:
         raise InputError(
@@ -256,10 +283,12 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _is_heic(file: Path | BytesIO | None) -> bool:
-    """Whether a file, of whatever name, begins as phones' HEIC does."""
+    """Whether a file begins as HEIC does, the format of phones, whatever its name is."""
+    if file is None:
+        return False
     try:
         start = file.getvalue()[:12] if isinstance(file, BytesIO) else _start(file)
-    except (OSError, TypeError):
+    except OSError:
         return False
     return start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
 

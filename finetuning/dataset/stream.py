@@ -42,7 +42,12 @@ __all__ = [
 
 @dataclass
 class Images:
-    """A stack of images, as pixels (B, 3, H, W) in [-1, 1] or as moments of their latents (B, 2, C, h, w)."""
+    """A stack of B images in one of two forms; the other one is None.
+
+    Attributes:
+        pixels: (B, 3, H, W) in [-1, 1].
+        moments: mean and standard deviation of the latents, (B, 2, C, h, w).
+    """
 
     pixels: torch.Tensor | None = None
     moments: torch.Tensor | None = None
@@ -53,8 +58,10 @@ class Batch:
     """Samples of all streams, one stream after the other.
 
     Attributes:
-        images: one entry a stream; prompts, keys: one entry a sample.
-        frames: how each sample's image was cut; None where nobody needs to know.
+        images: the images of each stream, one entry per stream.
+        prompts: the prompt of each sample.
+        keys: a text for each sample that its random numbers are drawn by, such as "instance/12".
+        frames: how each sample's image was cut out of its original; None if the base model is not told.
     """
 
     images: list[Images]
@@ -65,12 +72,15 @@ class Batch:
 
 @dataclass
 class ImageStream:
-    """Images of one kind in their order of training.
+    """Images of one kind, in the order in which training sees them.
 
     Attributes:
-        name: keeps the randomness of several streams apart, e.g. "instance" and "class".
-        moments: per image, mean and standard deviation of its latents and of its mirror image's, (1 or 2, 2, C, h, w);
-            None = read the files.
+        name: keeps the random numbers of several streams apart, e.g. "instance" and "class".
+        examples: the image files and their prompts.
+        transform: turns an image into a tensor.
+        seed: of the order, the crops and the mirroring.
+        moments: for each image, mean and standard deviation of its latents, and of its mirror image's if images are
+            mirrored, (1 or 2, 2, C, h, w). None if the files are read again each time.
     """
 
     name: str
@@ -80,17 +90,17 @@ class ImageStream:
     moments: list[torch.Tensor] | None = None
 
     def index(self, position: int) -> int:
-        """Which image is seen at this position."""
+        """The number of the image that is seen at this position."""
         epoch, offset = divmod(position, len(self.examples))
         return permutation(len(self.examples), self.seed, self.name, epoch)[offset]
 
     def check(self) -> None:
-        """Open every image once, so that a corrupt one is found before training.
+        """Open every image once, so that corrupt ones are found before training begins.
 
         Raises:
-            InputError: naming all corrupt files.
+            InputError: if files are corrupt; it names all of them.
         """
-        faults = []
+        faults: list[str] = []
         for example in self.examples:
             try:
                 open_image(example.path)
@@ -107,11 +117,15 @@ class ImageStream:
         return digest.hexdigest()[:16]
 
     def is_cacheable(self) -> bool:
-        """Whether no image has random crops."""
+        """Whether every image has one crop only, so that its latents can be computed once and kept."""
         return all(self.transform.is_cacheable(open_image(path).size) for path in {e.path for e in self.examples})
 
     def cache(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Keep the moments of every image, upright and mirrored; `encode` maps (B, 3, H, W) to (B, 2, C, h, w)."""
+        """Compute the moments of every image once, and of its mirror image where images are mirrored, and keep them.
+
+        Args:
+            encode: maps pixels (B, 3, H, W) to moments (B, 2, C, h, w).
+        """
         middle = replace(self.transform, random_flip=False, center_crop=True)
         moments = {}
         for path in dict.fromkeys(example.path for example in self.examples):
@@ -121,7 +135,10 @@ class ImageStream:
         self.moments = [moments[example.path] for example in self.examples]
 
     def fixed(self, count: int) -> Batch:
-        """The first `count` images, as often as needed, uncropped by chance; always the same, for measuring."""
+        """A batch for measuring that is always the same: `count` images from the first on, cropped in the middle.
+
+        They begin again from the first where the stream has fewer images.
+        """
         middle = Transform(self.transform.resolution, center_crop=True)
         chosen = [self.examples[i % len(self.examples)] for i in range(count)]
         pixels = torch.stack([to_tensor(middle.crop(open_image(example.path))) for example in chosen])
@@ -129,7 +146,7 @@ class ImageStream:
         return Batch([Images(pixels=pixels)], [example.prompt for example in chosen], keys)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, str, str]:
-        """Returns pixels (3, H, W) or moments (2, C, h, w), the prompt, and the key of the sample's randomness."""
+        """The sample at a position: pixels (3, H, W) or moments (2, C, h, w), the prompt, and the sample's key."""
         index, key = self.index(position), f"{self.name}/{position}"
         random, example = generator(self.seed, "transform", key), self.examples[index]
         if self.moments is None:
@@ -138,9 +155,9 @@ class ImageStream:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch number j, made of the positions [j·size, (j+1)·size) of each stream."""
+    """Batches by their numbers: batch j holds the positions [j·size, (j+1)·size) of each stream."""
 
-    def __init__(self, streams: Sequence[ImageStream], size: int):
+    def __init__(self, streams: Sequence[ImageStream], size: int) -> None:
         self.streams, self.size = list(streams), size
 
     def __getitem__(self, number: int) -> Batch:
@@ -154,15 +171,19 @@ class Batches(torch.utils.data.Dataset):
         return Batch(images, prompts, keys)
 
     def load(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
-        """The batches of these numbers, read ahead by `workers` processes where files are read.
+        """Yields the batches of these numbers.
+
+        Args:
+            numbers: the numbers of the batches, in the order in which they are wanted.
+            workers: how many processes read ahead. None do where all moments are kept, since no file is read then.
 
         Raises:
-            InputError: a file cannot be read any more; names it.
+            InputError: if a file can no longer be read; it names the file.
         """
         if all(stream.moments is not None for stream in self.streams):
             workers = 0
         loader = torch.utils.data.DataLoader(
-            Caught(self), batch_size=None, sampler=numbers, num_workers=workers, persistent_workers=False
+            BatchOrError(self), batch_size=None, sampler=numbers, num_workers=workers, persistent_workers=False
         )
         for batch in loader:
             if isinstance(batch, InputError):
@@ -171,8 +192,12 @@ class Batches(torch.utils.data.Dataset):
 
 
 @dataclass
-class Caught(torch.utils.data.Dataset):
-    """Batches, or what is wrong with their input, as a value: a worker would raise the text of its traceback."""
+class BatchOrError(torch.utils.data.Dataset):
+    """Returns an InputError instead of raising it: from a DataLoader's worker, a traceback would come as its text.
+
+    Attributes:
+        batches: the batches by their numbers.
+    """
 
     batches: Batches
 

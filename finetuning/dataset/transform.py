@@ -11,10 +11,15 @@ from PIL import Image, ImageOps
 
 @dataclass(frozen=True)
 class Transform:
-    """An image to a square tensor.
+    """Turns an image into a square tensor: resized, cropped, and perhaps mirrored.
 
-    resolution: side in pixels; center_crop: crop in the middle, else at random; random_flip: mirror half of them;
-    resampling: how it is resized.
+    Written with Pillow, because torchvision, whose transforms do the same, is not needed otherwise.
+
+    Attributes:
+        resolution: side of the square in pixels.
+        center_crop: whether the crop is in the middle, or else at a random place.
+        random_flip: whether half of the images, chosen at random, are mirrored.
+        resampling: Pillow's filter for resizing.
     """
 
     resolution: int
@@ -23,11 +28,11 @@ class Transform:
     resampling: Image.Resampling = Image.Resampling.LANCZOS
 
     def is_cacheable(self, size: tuple[int, int]) -> bool:
-        """Whether an image of this size gives at most two tensors, itself and its mirror image."""
+        """Whether an image of this size gives at most two different tensors: its only crop, and the mirrored one."""
         return self.center_crop or size[0] == size[1]
 
     def flips(self, random: torch.Generator) -> bool:
-        """The draw that decides whether to mirror; always the first one from this generator."""
+        """Draws whether to mirror. It must be the first draw from this generator, as `square` makes it."""
         return self.random_flip and bool(torch.randint(2, (), generator=random))
 
     def __call__(self, image: Image.Image, random: torch.Generator) -> torch.Tensor:
@@ -35,13 +40,13 @@ class Transform:
         return to_tensor(self.square(image, random))
 
     def square(self, image: Image.Image, random: torch.Generator) -> Image.Image:
-        """The crop, mirrored or not; equal generators treat images of one size alike."""
+        """The crop of an image, mirrored or not. Generators in equal states treat images of one size alike."""
         flip = self.flips(random)
         image = self.crop(image, random)
         return ImageOps.mirror(image) if flip else image
 
     def crop(self, image: Image.Image, random: torch.Generator | None = None) -> Image.Image:
-        """A square of the resized image: in the middle, or where `random` puts it."""
+        """A square of the resized image: at a place that `random` draws, or in the middle without it."""
         image = self.resize(image)
         slack = [side - self.resolution for side in image.size]
         if self.center_crop or random is None:
@@ -51,19 +56,20 @@ class Transform:
         return image.crop((x, y, x + self.resolution, y + self.resolution))
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The shorter side becomes `resolution`."""
+        """Resizes an image so that its shorter side becomes `resolution`."""
         scale = self.resolution / min(image.size)
-        size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
+        width, height = (max(self.resolution, round(side * scale)) for side in image.size)
+        size = (width, height)
         return image if size == image.size else image.resize(size, self.resampling)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image to (3, H, W) in [-1, 1]; contiguous, which convolutions on a CPU are faster with."""
+    """An RGB image as a tensor (3, H, W) in [-1, 1]; contiguous, because convolutions on a CPU are then faster."""
     array = np.asarray(image, dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] to an 8-bit image; values outside are clipped."""
+    """A tensor (3, H, W) as an 8-bit RGB image; values outside [-1, 1] are clipped."""
     array = ((tensor.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

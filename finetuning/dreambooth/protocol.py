@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from finetuning.dataset.stream import Transform, open_image
 from finetuning.dreambooth.prompts import Words
+from finetuning.evaluation.encoders import Encoder
 from finetuning.evaluation.lpips import LPIPS
 from finetuning.evaluation.score_table import Row, mean_of
-from finetuning.evaluation.scores import Encoder, score_pictures
+from finetuning.evaluation.scores import score_pictures
 from finetuning.pictures.gallery import Gallery
 from finetuning.pictures.grid import grid
 

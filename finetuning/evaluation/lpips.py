@@ -2,7 +2,7 @@
 
 The weights are two local files that this project does not ship: torchvision's AlexNet (alexnet-owt-7be5be79.pth) and
 the linear layers of the `lpips` package (lpips/weights/v0.1/alex.pth). AlexNet's five convolutions are written out
-here, so that neither package is needed.
+here, because the `lpips` package needs torchvision and downloads AlexNet's weights by itself.
 """
 
 from __future__ import annotations
@@ -17,35 +17,40 @@ from torch.nn import functional as F
 from finetuning.errors import InputError
 
 WIDTHS = (64, 192, 384, 256, 256)
-_FEATURES = (0, 3, 6, 8, 10)  # the convolutions' places in torchvision's `features`
+_FEATURES = (0, 3, 6, 8, 10)  # the convolutions' indices in torchvision's `features`
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-SMALLEST_SIDE = 64  # below, AlexNet's last layers see a pixel or none
+SMALLEST_SIDE = 64  # pixels; of smaller pictures, AlexNet's last layers have one pixel or none left
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
-    """Each place's channels to length 1: (B, C, H, W)."""
+    """Scales the vector of channels at each place to length 1. features: (B, C, H, W)."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 def distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum over layers of the weighted squared differences of unit features, mean over places (Equation 1).
+    """Weighted squared differences of unit features, averaged over places and summed over layers (Equation 1).
 
     Args:
-        a, b: features (B, C_l, H_l, W_l), one a layer; weights: (C_l,), one a layer.
+        a, b: features of B pictures each: a tensor (B, C_l, H_l, W_l) for each layer l.
+        weights: a tensor (C_l,) for each layer.
 
     Returns:
-        (B,), 0 for equal features.
+        (B,); 0 for equal features.
     """
-    total = 0
-    for x, y, w in zip(a, b, weights):
-        total = total + torch.einsum("bchw,c->bhw", (unit(x) - unit(y)).square(), w).mean((1, 2))
-    return total
+    layers = [
+        torch.einsum("bchw,c->bhw", (unit(x) - unit(y)).square(), w).mean((1, 2))  # (B,)
+        for x, y, w in zip(a, b, weights)
+    ]
+    return torch.stack(layers).sum(0)
 
 
 class LPIPS(nn.Module):
-    """Pictures in [-1, 1], (B, 3, H, W), to features of five layers, and distances between them."""
+    """Features of five layers of AlexNet for pictures (B, 3, H, W) in [-1, 1], and the distances between them."""
 
-    def __init__(self):
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         shapes = ((3, 11, 4, 2), (64, 5, 1, 2), (192, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1))
         self.convolutions = nn.ModuleList(
@@ -57,7 +62,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None])
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """After each rectifier, (B, C_l, H_l, W_l)."""
+        """What each of the five rectifiers returns, (B, C_l, H_l, W_l)."""
         x, found = (images - self.shift) / self.scale, []
         for i, convolution in enumerate(self.convolutions):
             if i in (1, 2):
@@ -67,11 +72,12 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Distances of B pictures in `a` to those at the same index in `b`, (B,)."""
         return distance(self.features(a), self.features(b), tuple(self.linear))
 
     @torch.no_grad()
     def pairs(self, generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Mean distance of each generated picture to all real ones: (N, 3, H, W), (M, 3, H, W) to (N,)."""
+        """Mean distance of each generated picture to all real ones: (N, 3, H, W) and (M, 3, H, W) to (N,)."""
         of_real = self.features(real)
         rows = []
         for image in generated:  # one at a time: features of all pairs would fill the memory
@@ -80,11 +86,15 @@ class LPIPS(nn.Module):
         return torch.stack(rows).cpu()
 
 
-def load_lpips(alexnet: str | None, linear: str | None, device: str = "cpu") -> LPIPS:
-    """LPIPS with weights from two local files.
+def load_lpips(alexnet: str | None, linear: str | None, device: str | torch.device = "cpu") -> LPIPS:
+    """Load LPIPS from two local files.
+
+    Args:
+        alexnet: torchvision's weights of AlexNet, as --lpips_alexnet gives them.
+        linear: the linear layers of the lpips package, as --lpips_linear gives them.
 
     Raises:
-        InputError: a file is missing, or is another network's.
+        InputError: if a file is not given or not there, or holds the weights of another network.
     """
     if alexnet is None or linear is None:
         missing = " and ".join(f for f, v in (("--lpips_alexnet", alexnet), ("--lpips_linear", linear)) if v is None)
@@ -117,6 +127,7 @@ def load_lpips(alexnet: str | None, linear: str | None, device: str = "cpu") -> 
 
 
 def _read(path: str, flag: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file of weights; `flag` is named in errors."""
     if not Path(path).is_file():
         raise InputError(f"{flag}={path}: no such file; it must lie on this machine, nothing is downloaded")
     try:

@@ -22,7 +22,10 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """A Markdown table; numbers have three digits after the point, missing and undefined ones are dashes."""
+    """A Markdown table of these columns, by default of all.
+
+    Numbers have three digits after the point; what is missing or nan is a dash.
+    """
     columns = columns or columns_of(rows)
     numeric = {c for c in columns if any(_is_number(row.get(c)) for row in rows)}
     lines = ["| " + " | ".join(columns) + " |", "|" + "".join("--:|" if c in numeric else "---|" for c in columns)]
@@ -31,7 +34,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Comma-separated, with all digits."""
+    """The table as comma-separated values, with all digits; what is missing or nan is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
     writer.writeheader()
@@ -40,24 +43,24 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_json(value: Any) -> str:
-    """Indented; undefined numbers are null, which JSON has and nan it has not."""
+    """Indented JSON. Numbers that are nan or infinite become null, because JSON has no such numbers."""
     return json.dumps(without_nan(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_table(folder: Path, name: str, rows: Sequence[Row]) -> None:
-    """`name`.csv and `name`.md in a folder."""
+    """Writes the table into a folder as `name`.csv and as `name`.md."""
     write(folder / f"{name}.csv", as_csv(rows))
     write(folder / f"{name}.md", markdown(rows))
 
 
 def mean_of(rows: Sequence[Row], column: str) -> float:
-    """Mean of a column over the rows that have it; nan if none has."""
+    """Mean of a column over the rows that have a number there; nan if none has."""
     values = [row[column] for row in rows if not _is_missing(row.get(column))]
     return sum(values) / len(values) if values else math.nan
 
 
 def without_nan(value: Any) -> Any:
-    """A copy in which undefined numbers are None, at any depth."""
+    """A copy in which numbers that are nan or infinite are None, at any depth of lists and dictionaries."""
     if isinstance(value, dict):
         return {str(k): without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -70,7 +73,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Also the text of one, such as "0.528 ± 0.048"."""
+    """Whether a value is a number or the text of one, such as "0.528 ± 0.048"."""
     return isinstance(value, (int, float)) or bool(re.fullmatch(r"-?\d[\d,.]*( ± .*)?", str(value)))
 
 

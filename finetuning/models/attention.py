@@ -1,23 +1,28 @@
-"""Which kernel computes attention."""
+"""The choice of the kernel that computes attention."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from finetuning.errors import InputError
 
-LARGEST_WITH_MAPS = 32  # side of the latents up to which attention on a CPU keeps its maps, of at most 1024² numbers
+LARGEST_WITH_MAPS = 32  # side of the latents up to which attention on a CPU keeps its maps, at most 1024² numbers each
 
 
 def choose_attention(unet: UNet2DConditionModel, device: torch.device, xformers: bool) -> None:
-    """Attention by the best kernel for this device.
+    """Make a UNet compute attention by the fastest kernel for this device.
 
-    On a CPU the fused kernel's backward takes a quarter of a step on small models, where plain matrix products are
-    faster. They keep every attention map, though: half a GB for each picture and layer of 4096 tokens and 8 heads.
+    On a CPU, the backward pass of the fused kernel takes a quarter of a step on small models, and plain matrix
+    products are faster. But they keep every attention map: half a GB for each picture and layer of 4096 tokens and 8
+    heads. They are therefore used for small latents only.
+
+    Args:
+        xformers: whether --enable_xformers_memory_efficient_attention is given.
+
+    Raises:
+        InputError: if xformers is asked for but cannot be used.
     """
     if xformers:
         if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What a kind of base model is to the rest of the program: one interface, which each family in this room implements.
+"""The interface between a family of base models and the rest of the program; each family in this room implements it.
 
 Elsewhere there are latents (B, C, h, w), times (B,) and conditions. What a family needs besides, such as position ids,
 masks, packed latents, guidance embeddings, or a library's own sign and scale of time, stays inside its file.
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from finetuning.models.frame import Frame
 from finetuning.objective.process import Process
 
-Condition = dict[str, torch.Tensor]  # what a prompt, and whatever else, tells the denoiser, by the family's own names
+Condition = dict[str, torch.Tensor]  # what tells the denoiser of the prompt and the like, by names of the family's own
 
 
 class Family(Protocol):
@@ -46,22 +46,32 @@ class Family(Protocol):
         """The denoiser or a text encoder, by its name in the pipeline's folder."""
 
     def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
-        """Raises InputError, which names the flag, for each prompt that is too long for the text encoders."""
+        """Raises InputError if prompts are too long for the text encoders; it names the flag and each prompt."""
 
     def embed(self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] | None = None) -> list[Condition]:
-        """What conditions on each prompt alone, without a batch's padding, so that it can be kept.
+        """The condition of each prompt, without the padding of a batch, so that it can be kept on disk.
 
-        encoders: text encoders to call in the place of the family's own, e.g. those that processes share; by part.
+        Args:
+            prompts: B prompts.
+            encoders: {part: text encoder} to call instead of the family's own, e.g. as several processes wrap them.
         """
 
     def condition(self, texts: Sequence[Condition], frames: Sequence[Frame] | None = None) -> Condition:
-        """Conditions of a batch: those of B prompts stacked, padded and masked, and how the B images were cut."""
+        """The condition of a batch, from those of its B prompts, stacked, padded and masked as the family needs it.
+
+        Args:
+            texts: the conditions of B prompts.
+            frames: how the B images were cut, for families that tell the denoiser; None for those that do not.
+        """
 
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] to mean and deviation of the normalized latents, (B, 2, C, h, w), float32."""
+        """Mean and standard deviation of the normalized latents, (B, 2, C, h, w), float32.
+
+        pixels: (B, 3, H, W) in [-1, 1].
+        """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalized latents (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1]."""
+        """Pixels (B, 3, H, W), about in [-1, 1], of normalized latents (B, C, h, w)."""
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of a square image of this side in pixels."""
@@ -69,7 +79,14 @@ class Family(Protocol):
     def predict(
         self, denoiser: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
-        """What the process asks for, (B, C, h, w), by the denoiser as it is given: bare, or as processes share it."""
+        """What the process asks for, (B, C, h, w), e.g. noise, v or a velocity.
+
+        Args:
+            denoiser: the family's denoiser, bare or as several processes wrap it.
+            x_t: latents with noise, (B, C, h, w).
+            t: the times of the samples, (B,).
+            condition: of the batch.
+        """
 
     def sample(
         self,
@@ -82,17 +99,20 @@ class Family(Protocol):
         generators: list[torch.Generator],
         **more: Any,
     ) -> torch.Tensor:
-        """Normalized latents of pictures, (B, C, h, w) float32, that a pipeline draws from this noise, (B, C, h, w).
+        """Normalized latents of pictures, (B, C, h, w) float32, as a pipeline draws them.
 
         Args:
-            pipeline: as `pipeline()` makes it, or one that also reads a control image.
-            steps, guidance_scale: of the denoising.
-            generators: one for each picture, for samplers that add noise on the way.
+            pipeline: the one that `pipeline()` returns, or one that also reads a control image.
+            prompts: B prompts.
+            noise: what the pictures start from, (B, C, h, w).
+            steps: the number of denoising steps.
+            guidance_scale: the weight of classifier-free guidance.
+            generators: one for each picture, for samplers that add noise in their steps.
             more: further arguments of the pipeline.
         """
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Nothing learns any more; everything goes to the device and, but for the VAE, to this precision."""
+        """Stop all parts from learning and move them to the device and, except for the VAE, to this precision."""
 
     def pipeline(self) -> DiffusionPipeline:
-        """The library's own pipeline over these very modules: all drawing goes through it."""
+        """The library's own pipeline with these very modules; all pictures are drawn through it."""

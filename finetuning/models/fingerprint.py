@@ -20,8 +20,8 @@ import torch
 if TYPE_CHECKING:
     from finetuning.models.stable_diffusion import StableDiffusion
 
-ROW = 4096
-FORM = "all-"  # how a fingerprint of all weights begins; those of before are 16 hexadecimal digits
+ROW = 4096  # integers of 8 bytes
+FORM = "all-"  # how a fingerprint of all weights begins; earlier versions wrote 16 hexadecimal digits and no prefix
 # Of the text encoder's and the scheduler's settings, those that change what is computed in training:
 TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings")
 SCHEDULE_SETTINGS = (
@@ -35,8 +35,8 @@ class Fingerprint:
     """What identifies a base model.
 
     Attributes:
-        value: what is recorded from now on; before: what was recorded of the same base by earlier versions, which read
-            four numbers of each weight.
+        value: the fingerprint that is recorded now.
+        before: the fingerprint that earlier versions recorded of the same base; they read four numbers of each weight.
     """
 
     value: str
@@ -46,21 +46,21 @@ class Fingerprint:
         return self.value
 
     def matches(self, recorded: object) -> bool:
-        """Whether a recorded fingerprint, of this form or of the earlier one, is that of this base."""
+        """Whether a recorded fingerprint, of the present form or of the earlier one, is that of this base."""
         if isinstance(recorded, str) and recorded.startswith(FORM):
             return recorded == self.value
         return recorded == self.before
 
     @classmethod
     def of(cls, base: StableDiffusion) -> Fingerprint:
-        """Of a base as it was loaded, before anything is cast, wrapped or trained."""
-        parts = {"text_encoder": base.text_encoder, "vae": base.vae, "unet": base.unet}
+        """The fingerprint of a base as it was loaded, before anything is cast, wrapped or trained."""
+        parts: dict[str, torch.nn.Module] = {"text_encoder": base.text_encoder, "vae": base.vae, "unet": base.unet}
         digest, before = hashlib.blake2b(digest_size=16), hashlib.sha256()
         for part, module in parts.items():
             for name, parameter in module.named_parameters():
                 few = parameter.detach().flatten()[:4].float().cpu()
                 before.update(name.encode() + few.numpy().tobytes())
-                plain = name.removeprefix("text_model.")  # which transformers 4 has and 5 has not
+                plain = name.removeprefix("text_model.")  # a prefix in transformers 4, but not in 5
                 digest.update(f"{part}.{plain} {tuple(parameter.shape)} {parameter.dtype}".encode())
                 digest.update(checksum(parameter.detach()))
         digest.update(json.dumps(settings(base), sort_keys=True, default=str).encode())
@@ -68,7 +68,7 @@ class Fingerprint:
 
 
 def checksum(tensor: torch.Tensor) -> bytes:
-    """Of every byte of a tensor at its place, 8 for each 32 KB, and the last ones as they are hashed."""
+    """A checksum of every byte of a tensor and its place: 8 bytes for each whole row, and a hash of the rest."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     whole = len(data) // (8 * ROW) * (8 * ROW)
     rows = data[:whole].view(np.int64).reshape(-1, ROW)
@@ -77,7 +77,10 @@ def checksum(tensor: torch.Tensor) -> bytes:
 
 
 def settings(base: StableDiffusion) -> dict[str, Any]:
-    """What is computed with the weights, as far as it differs from the libraries' defaults, and the vocabulary."""
+    """The settings that change what is computed with the weights, and a hash of the vocabulary.
+
+    Settings at the libraries' defaults are left out, so that a default that a later version adds changes nothing.
+    """
     text, schedule = base.text_encoder.config, base.noise_schedule.config
     vocabulary = json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()
     return {
@@ -91,7 +94,7 @@ def settings(base: StableDiffusion) -> dict[str, Any]:
 
 
 def _unusual(module: Any) -> Iterator[tuple[str, Any]]:
-    """Settings of a model of diffusers that are not its class's defaults: later versions add some that are."""
+    """The settings of a model of diffusers that differ from the defaults of its class."""
     config: Mapping[str, Any] = module.config
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
         if name in config and (value := _as_list(config[name])) != _as_list(parameter.default):
@@ -103,7 +106,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _multipliers() -> np.ndarray:
-    """(ROW,) fixed odd integers of 64 bits."""
+    """Fixed odd integers of 64 bits, (ROW,)."""
     blocks = (hashlib.blake2b(i.to_bytes(8, "little")).digest() for i in range(ROW // 8))
     return np.frombuffer(b"".join(blocks), dtype="<i8") | 1
 

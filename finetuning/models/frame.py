@@ -1,4 +1,4 @@
-"""How a training image was cut; some base models are told."""
+"""How a training image was cut out of its original, which some base models are told."""
 
 from __future__ import annotations
 

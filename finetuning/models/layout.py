@@ -1,4 +1,6 @@
-"""Which bases can be trained: UNets that need latents, a time and a prompt and no more; which weights are there."""
+"""Checks of a base model: whether its UNet takes latents, a time and a prompt and nothing else, and which files of
+weights its folder holds.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ WEIGHTS = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)"
     r"(?:\.(?P<before>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<after>[\w-]+))?\.(?:safetensors|bin)"
 )
-INPUTS = {  # settings of a UNet by which it takes more than Stable Diffusion gives it, and models that have them
+INPUTS = {  # settings by which a UNet takes further inputs, and the models that have them
     "class_embed_type": "class embeddings, as unCLIP and upscalers have them",
     "num_class_embeds": "class labels, as upscalers have them",
     "addition_embed_type": "further embeddings, as Stable Diffusion XL has them",
@@ -21,10 +23,15 @@ INPUTS = {  # settings of a UNet by which it takes more than Stable Diffusion gi
 
 
 def foreign_unet(unet: Mapping[str, Any], latent_channels: int, text_width: int) -> str | None:
-    """What is foreign to Stable Diffusion 1.x and 2.x in a UNet, as the rest of a sentence, or None.
+    """Say in which way a UNet differs from those of Stable Diffusion 1.x and 2.x.
 
     Args:
-        unet: its configuration; latent_channels: of the VAE; text_width: of the text encoder's hidden states.
+        unet: the UNet's configuration.
+        latent_channels: the number of channels that the VAE gives.
+        text_width: the width of the text encoder's hidden states.
+
+    Returns:
+        A clause for an error message, or None if the UNet is of their kind.
     """
     for name, what in INPUTS.items():
         if unet.get(name) is not None:
@@ -48,7 +55,10 @@ def foreign_unet(unet: Mapping[str, Any], latent_channels: int, text_width: int)
 
 
 def variants(folder: Path, parts: tuple[str, ...]) -> dict[str, set[str | None]]:
-    """Which variants of each part's weights are in a model's folder; None = the plain files."""
+    """Find the variants of each part's weights in a model's folder, e.g. "fp16"; None stands for the plain files.
+
+    Parts without weights are left out.
+    """
     found = {}
     for part in parts:
         matches = [m for p in (folder / part).glob("*") if (m := WEIGHTS.fullmatch(p.name))]
@@ -58,7 +68,16 @@ def variants(folder: Path, parts: tuple[str, ...]) -> dict[str, set[str | None]]
 
 
 def variant_hint(folder: Path, parts: tuple[str, ...], asked: str | None) -> str | None:
-    """How to ask for the files that are there, if some part's weights are there in other variants only."""
+    """Say how to ask for weights that a folder holds, if it holds those of some part in other variants only.
+
+    Args:
+        folder: the model's folder.
+        parts: the names of the parts that are needed.
+        asked: the variant that was asked for; None is none.
+
+    Returns:
+        A clause for an error message, or None if every part has weights of the variant.
+    """
     lacking = {part: names for part, names in variants(folder, parts).items() if asked not in names}
     if not lacking:
         return None

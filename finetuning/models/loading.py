@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -32,10 +29,16 @@ FLAG = "--pretrained_model_name_or_path"
 def load_stable_diffusion(
     name: str, revision: str | None = None, variant: str | None = None, tokenizer_name: str | None = None
 ) -> StableDiffusion:
-    """Load a model in float32 from a folder in diffusers' format or from the hub.
+    """Load a model in float32, from a folder in diffusers' format or from the hub.
+
+    Args:
+        name: the folder, or the model's name on the hub.
+        revision: a branch or commit on the hub; None is the main branch.
+        variant: the variant of the weights, e.g. "fp16"; None is the plain files.
+        tokenizer_name: a folder or hub name of another tokenizer; None is the model's own.
 
     Raises:
-        InputError: not there, not reachable, incomplete, or not Stable Diffusion 1.x or 2.x.
+        InputError: if the model cannot be found, is incomplete, or is not Stable Diffusion 1.x or 2.x.
     """
     _check_name(name)
     if tokenizer_name is not None and not Path(tokenizer_name).is_dir() and "/" not in tokenizer_name:
@@ -44,11 +47,11 @@ def load_stable_diffusion(
         raise InputError(f"--revision={revision}: {name} is a folder, which has no revisions; drop the flag")
     options = {"revision": revision}
     weights = {**options, "variant": variant, "torch_dtype": torch.float32}
-    with _explained(name, revision, variant):
+    with _errors_named(name, revision, variant):
         config = DiffusionPipeline.load_config(name, **options)
     _check_layout(name, config)
     sampler = scheduler_class(f"{FLAG}={name}", config)
-    with _explained(name, revision, variant):
+    with _errors_named(name, revision, variant):
         text_encoder, loading = CLIPTextModel.from_pretrained(
             name,
             subfolder="text_encoder",
@@ -57,7 +60,7 @@ def load_stable_diffusion(
             dtype=torch.float32,
             output_loading_info=True,
         )
-        if missing := sorted(loading["missing_keys"]):  # would be random; diffusers' parts refuse by themselves
+        if missing := sorted(loading["missing_keys"]):  # they would be random; diffusers refuses such weights itself
             raise ValueError(f"the weights of the text encoder lack {', '.join(missing)}")
         base = StableDiffusion(
             name=name,
@@ -76,10 +79,10 @@ def load_stable_diffusion(
 
 
 def _check_parts(base: StableDiffusion, flag: str, tokenizer_flag: str | None) -> None:
-    """Raises InputError if the parts do not belong to each other, or need more than latents and a prompt."""
+    """Raises InputError if the parts do not belong together, or if the UNet takes more than latents and a prompt."""
     positions, vocabulary = base.text_encoder.config.max_position_embeddings, base.text_encoder.config.vocab_size
     words = len(base.tokenizer.get_vocab()) - len(base.tokenizer.all_special_tokens)
-    if base.tokenizer.model_max_length >= VERY_LARGE_INTEGER:  # it does not say its limit; the text encoder does
+    if base.tokenizer.model_max_length >= VERY_LARGE_INTEGER:  # a tokenizer that states no limit; the encoder has one
         base.tokenizer.model_max_length = positions
     if words <= 0 or base.tokenizer.model_max_length > positions or len(base.tokenizer) > vocabulary:
         raise InputError(
@@ -95,6 +98,7 @@ def _check_parts(base: StableDiffusion, flag: str, tokenizer_flag: str | None) -
 
 
 def _check_name(name: str) -> None:
+    """Raises InputError if a name is neither a pipeline's folder nor of the form owner/name."""
     if name in MIRRORS and not Path(name).exists():
         raise InputError(f"{FLAG}={name}: was removed from the hub; its mirror is {MIRRORS[name]}")
     path = Path(name)
@@ -107,7 +111,8 @@ def _check_name(name: str) -> None:
         raise InputError(f"{FLAG}={name}: no model_index.json in it; give a pipeline folder in diffusers' format")
 
 
-def _check_layout(name: str, config: dict) -> None:
+def _check_layout(name: str, config: dict[str, Any]) -> None:
+    """Raises InputError if a model_index.json is not that of a complete Stable Diffusion 1.x or 2.x."""
     if "text_encoder_2" in config or "transformer" in config:
         raise InputError(
             f"{FLAG}={name}: is a {config.get('_class_name')}; Stable Diffusion 1.x and 2.x can be trained"
@@ -120,8 +125,8 @@ def _check_layout(name: str, config: dict) -> None:
 
 
 @contextmanager
-def _explained(name: str, revision: str | None, variant: str | None):
-    """The libraries' loading errors as one line."""
+def _errors_named(name: str, revision: str | None, variant: str | None) -> Iterator[None]:
+    """Turns any loading error of the libraries into one InputError that names the flag."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,7 @@
-"""Samplers of a base model: can they be used as pictures are drawn here, and where does their noise come from?"""
+"""A base model's sampler: whether it can be used here, and where the noise comes from that it adds.
+
+Pictures must follow from their seed alone, so a sampler must take its noise from generators, or from seeds.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,14 @@ PURPOSE = "sampler"  # of the noise that is added while a picture is drawn
 
 
 def scheduler_class(flag: str, index: dict[str, Any]) -> type[SchedulerMixin]:
-    """The sampler that model_index.json names. flag: the base model's flag and value.
+    """The class of the sampler that a model_index.json names.
+
+    Args:
+        flag: the base model's flag with its value; errors begin with it.
+        index: what model_index.json holds.
 
     Raises:
-        InputError: it names none, or one that does not remove noise as Stable Diffusion adds it.
+        InputError: if it names no sampler of diffusers.
     """
     entry = index.get("scheduler")
     name = entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else entry
@@ -32,7 +39,7 @@ def scheduler_class(flag: str, index: dict[str, Any]) -> type[SchedulerMixin]:
 
 
 def check_kind(flag: str, scheduler: SchedulerMixin) -> None:
-    """Raises InputError if a sampler is not of the noise schedule that x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε has."""
+    """Raises InputError unless a sampler is made for noise that is added as x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε."""
     config = scheduler.config
     name = type(scheduler).__name__
     if not hasattr(scheduler, "alphas_cumprod") or config.get("use_flow_sigmas") or "Inverse" in name:
@@ -43,10 +50,10 @@ def check_kind(flag: str, scheduler: SchedulerMixin) -> None:
 
 
 def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Try a sampler on a few numbers, as a pipeline uses it.
+    """Try a copy of a sampler on a few numbers, in the way in which a pipeline uses it.
 
     Raises:
-        InputError: it fails, or draws noise that does not follow from the seed.
+        InputError: if the sampler fails, or draws noise from torch's global generator and not from the seed.
     """
     trial, before = copy.deepcopy(scheduler), torch.get_rng_state()
     flag = f"--num_inference_steps={steps}: the base's scheduler, {type(scheduler).__name__},"
@@ -68,18 +75,18 @@ def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
 
 
 def noise_generators(seed: int, keys: Sequence[object]) -> list[torch.Generator]:
-    """Of the noise that is added while pictures are drawn: that of picture i depends on (seed, keys[i]) alone."""
+    """Generators of the noise that a sampler adds; that of picture i depends on (seed, keys[i]) alone."""
     return [generator(seed, PURPOSE, key) for key in keys]
 
 
 def seed_noise(scheduler: SchedulerMixin, seed: int, keys: Sequence[object]) -> None:
-    """The same for a sampler that makes its own noise, from seeds. To be called for each batch."""
+    """Seeds a sampler that makes its noise from seeds of its own; others are left alone. Call it for each batch."""
     if hasattr(scheduler, "noise_sampler_seed"):
         scheduler.noise_sampler_seed = [derived_seed(seed, PURPOSE, key) for key in keys]
 
 
 def noise_options(scheduler: SchedulerMixin, keys: Sequence[object]) -> dict[str, Any]:
-    """The generators as an argument of the sampler's `step`, if it takes them."""
+    """The generators as an argument of a sampler's `step`, if it takes them, for seed 0."""
     seed_noise(scheduler, 0, keys)
     takes = "generator" in inspect.signature(scheduler.step).parameters
     return {"generator": noise_generators(0, keys)} if takes else {}

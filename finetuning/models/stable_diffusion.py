@@ -1,4 +1,4 @@
-"""The base model: load, check, encode images and prompts, decode latents."""
+"""Stable Diffusion 1.x and 2.x: a UNet that predicts noise or v from latents, a time and the states of one CLIP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finetuning.objective.process import Diffusion
 logger = logging.getLogger(__name__)
 
 
-TOKENIZED = 4096  # prompts at a time
+TOKENIZED = 4096  # how many prompts are tokenized at a time
 
 
 @dataclass
@@ -38,10 +38,11 @@ class StableDiffusion:
     """The parts of a Stable Diffusion pipeline.
 
     Attributes:
-        name: folder or hub name; revision: branch or commit, None = main.
+        name: the folder or the hub name that it was loaded from.
+        revision: the branch or commit on the hub; None is the main branch.
         scheduler: the model's own sampler.
-        noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
-        cuts_prompts: prompts that are too long for the text encoder are cut to what it reads; otherwise an error.
+        noise_schedule: the noise schedule that it is trained with, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
+        cuts_prompts: whether prompts that are too long for the text encoder are cut; otherwise they are an error.
     """
 
     name: str
@@ -58,7 +59,7 @@ class StableDiffusion:
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     presets: ClassVar[dict[str, list[str]]] = UNET_PRESETS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.process = Diffusion(self.noise_schedule.alphas_cumprod, self.prediction_type)
 
     @cached_property
@@ -68,17 +69,17 @@ class StableDiffusion:
 
     @property
     def vae_scale(self) -> int:
-        """Pixels along a side of one latent."""
+        """How many pixels along each side one latent stands for."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def prediction_type(self) -> str:
-        """epsilon or v_prediction."""
+        """What the UNet predicts: "epsilon" or "v_prediction"."""
         return self.noise_schedule.config.prediction_type
 
     @property
     def multiple(self) -> int:
-        """Both sides of an image in pixels must be multiples of it, or the UNet could not halve them."""
+        """Both sides of an image, in pixels, must be multiples of this number, so that the UNet can halve them."""
         return self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def part(self, name: str) -> torch.nn.Module:
@@ -86,10 +87,10 @@ class StableDiffusion:
         return getattr(self, name)
 
     def check_resolution(self, resolution: int | None) -> int:
-        """The resolution to train at, by default the model's own.
+        """The resolution to train at: the given one, or the model's own for None.
 
         Raises:
-            InputError: the UNet cannot halve it as often as it must.
+            InputError: if the UNet cannot halve it as often as it must.
         """
         if resolution is None:
             return self.resolution
@@ -102,16 +103,17 @@ class StableDiffusion:
 
     @property
     def resolution(self) -> int:
-        """The side in pixels that the UNet was made for."""
+        """The side, in pixels, of the images that the UNet was made for."""
         return self.unet.config.sample_size * self.vae_scale
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of a square image of this side in pixels."""
         return (self.unet.config.in_channels, resolution // self.vae_scale, resolution // self.vae_scale)
 
     # Encoding
 
     def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
-        """Raises InputError for each prompt that the tokenizer would cut."""
+        """Raises InputError if there are prompts that the tokenizer would cut; it names the flag and each prompt."""
         limit = self.tokenizer.model_max_length
         faults = [
             f"{flag}={prompt!r}: {length} tokens, the model reads {limit}; shorten the prompt"
@@ -121,15 +123,16 @@ class StableDiffusion:
             raise InputError(*faults)
 
     def check_captions(self, captions: Sequence[tuple[str, str]], long_captions: str) -> None:
-        """See that the text encoder can read all captions, or from now on cut those that are too long for it.
+        """Check that the text encoder can read all captions, or allow from now on that long ones are cut.
 
         Args:
-            captions: where each is written, and its text; long_captions: refuse or cut, what the user wants.
+            captions: for each caption, the place where it is written and its text.
+            long_captions: "refuse", which makes captions that are too long an error, or "cut".
 
         Raises:
-            InputError: captions that are too long, unless they may be cut; says where they are, at most 20.
+            InputError: if captions are too long and must not be cut; it names the places of the first 20.
         """
-        captions = list(dict.fromkeys(captions))  # photos may be held out and trained on
+        captions = list(dict.fromkeys(captions))  # a photo may be both held out and trained on
         limit, lengths = self.tokenizer.model_max_length, self.too_long(text for _, text in captions)
         long = [(where, lengths[text]) for where, text in captions if text in lengths]
         if not long:
@@ -147,7 +150,7 @@ class StableDiffusion:
         raise InputError(*faults[:-1], f"{faults[-1]}{more}; shorten them, or give --long_captions=cut")
 
     def too_long(self, prompts: Iterable[str]) -> dict[str, int]:
-        """The different prompts of more tokens than the text encoder reads, and how many they have."""
+        """{prompt: its number of tokens} for prompts of more tokens than the text encoder reads."""
         found, prompts = {}, list(dict.fromkeys(prompts))
         for start in range(0, len(prompts), TOKENIZED):
             part = prompts[start : start + TOKENIZED]
@@ -161,7 +164,9 @@ class StableDiffusion:
     ) -> list[Condition]:
         """The hidden states of each prompt, {"text": (tokens, width)}.
 
-        encoders: {"text_encoder": …} to call in the place of the model's own, where it is trained.
+        Args:
+            prompts: B prompts.
+            encoders: {"text_encoder": …}, a module to call instead of the model's own, as training wraps it.
         """
         text_encoder = encoders.get("text_encoder", self.text_encoder)
         ids = self.tokenizer(
@@ -179,7 +184,7 @@ class StableDiffusion:
         return {"text": torch.stack([text["text"] for text in texts])}
 
     def arguments(self, condition: Condition) -> dict[str, torch.Tensor]:
-        """A condition under the names of the UNet's own arguments, which a ControlNet's are, too."""
+        """A condition as keyword arguments of the UNet, which a ControlNet takes as well."""
         return {"encoder_hidden_states": condition["text"]}
 
     def predict(
@@ -199,7 +204,7 @@ class StableDiffusion:
         generators: list[torch.Generator],
         **more: Any,
     ) -> torch.Tensor:
-        """Latents of pictures, (B, C, h, w) float32, drawn from this noise, (B, C, h, w). more: for the pipeline."""
+        """Latents of pictures, (B, C, h, w) float32, drawn from this noise, (B, C, h, w), as in `Family.sample`."""
         latents = pipeline(
             prompt=list(prompts),
             negative_prompt=[""] * len(prompts),
@@ -214,35 +219,41 @@ class StableDiffusion:
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32."""
+        """Mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32.
+
+        pixels: (B, 3, H, W) in [-1, 1].
+        """
         distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         mean, std = distribution.mean - (self.vae.config.shift_factor or 0), distribution.std
         return torch.stack([mean, std], dim=1).float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, 3, H, W), about [-1, 1]."""
+        """Pixels (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w)."""
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
 
     # Use
 
     def rescale_to_zero_terminal_snr(self) -> None:
-        """Train and sample on a schedule whose last step is pure noise (arXiv 2305.08891)."""
+        """Train and sample with a noise schedule whose last step is pure noise (arXiv 2305.08891)."""
         changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         self.noise_schedule = DDPMScheduler.from_config(self.noise_schedule.config, **changes)
         self.scheduler = DDIMScheduler.from_config(self.scheduler.config, **changes)
         self.process = replace(self.process, alpha_bar=self.noise_schedule.alphas_cumprod).to(self.unet.device)
 
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
-        _ = self.fingerprint  # of the weights as they were loaded
+        """Stop all parts from learning, and move UNet and text encoder to this precision.
+
+        The VAE stays in float32, because half precision would spoil its pictures.
+        """
+        _ = self.fingerprint  # computed and kept now, of the weights as they were loaded
         for part, to in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
             part.requires_grad_(False).eval().to(device, to)
         self.process = self.process.to(device)
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """The pipeline over these very modules, without copies."""
+        """A pipeline that uses these very modules, not copies of them."""
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,

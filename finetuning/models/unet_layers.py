@@ -1,4 +1,4 @@
-"""The layers of a UNet, and of a CLIP text encoder, that each preset of the --…_target_modules flags means.
+"""The layers of a UNet, and of a CLIP text encoder, that each preset of the --…_target_modules flags stands for.
 
 Names are endings of module names, in diffusers' UNet and in transformers' CLIP.
 """

@@ -1,1 +1,1 @@
-"""Noise, and what is asked back."""
+"""The mathematics of training: how noise is added to latents, and what the model is asked to predict."""

@@ -1,4 +1,4 @@
-"""The denoising objective: pure functions of tensors.
+"""The denoising objective of diffusion models, as pure functions of tensors.
 
 ᾱ_t is the noise schedule's cumulative product; x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (DDPM, arXiv 2006.11239, Eq. 4).
 """
@@ -9,16 +9,21 @@ import torch
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """x_t (DDPM, Eq. 4). x0, noise: (B, …); alpha_bar: (B,)."""
+    """Latents with noise in them, x_t, (B, …) (DDPM, Eq. 4). x0, noise: (B, …); alpha_bar: ᾱ of each sample, (B,)."""
     alpha_bar = _rows(alpha_bar, x0)
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
 
 def target(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """What the model should predict: ε, or v = sqrt(ᾱ) ε - sqrt(1 - ᾱ) x_0 (arXiv 2202.00512, appendix D).
+    """What the model should predict, (B, …): ε, or v = sqrt(ᾱ) ε - sqrt(1 - ᾱ) x_0 (arXiv 2202.00512, appendix D).
+
+    Args:
+        x0, noise: (B, …).
+        alpha_bar: ᾱ of each sample, (B,).
+        prediction_type: "epsilon" or "v_prediction", as diffusers names them.
 
     Raises:
-        ValueError: prediction_type is neither epsilon nor v_prediction.
+        ValueError: if prediction_type is another one.
     """
     if prediction_type == "epsilon":
         return noise
@@ -29,14 +34,15 @@ def target(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, predi
 
 
 def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """(B, …) to one error a sample, (B,), in float32."""
+    """The mean squared error of each sample, (B,), in float32. prediction, target: (B, …)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
 def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """Weight of each sample's error, (B,), so that an error in x_0 weighs min(SNR, γ) (arXiv 2303.09556, Eq. 8).
+    """The weight of each sample's error, (B,), by which an error in x_0 counts min(SNR, γ) (arXiv 2303.09556, Eq. 8).
 
-    SNR = ᾱ / (1 - ᾱ). The squared error of ε is that of x_0 times SNR, the one of v times SNR + 1; hence the divisors.
+    SNR = ᾱ / (1 - ᾱ). The squared error of ε is that of x_0 times SNR, and the one of v is that of x_0 times SNR + 1;
+    the weights are divided by these factors.
     """
     snr = alpha_bar / (1 - alpha_bar)
     if prediction_type == "v_prediction":
@@ -45,9 +51,16 @@ def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction_type: str) 
 
 
 def offset_noise(noise: torch.Tensor, shift: torch.Tensor, strength: float) -> torch.Tensor:
-    """Noise plus a shift per sample and channel, which lets a model learn overall brightness. shift: (B, C) normal."""
+    """Noise plus a shift that all pixels of a channel share, from which a model learns overall brightness.
+
+    Args:
+        noise: (B, C, h, w).
+        shift: normal random numbers, (B, C).
+        strength: the standard deviation of the shift.
+    """
     return noise + strength * shift[..., None, None]
 
 
 def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) as (B, 1, …, 1), with as many dimensions as `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,7 +1,7 @@
 """How a base model's noise process runs: which times are trained, how images are noised, and what is asked back.
 
 A process is what the trainers know of a model's mathematics. Everything here is tensors in, tensors out; the formulas
-themselves are the pure functions of objective.py.
+themselves are the pure functions in diffusion.py.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ class Process(Protocol):
     """A noise process between images, x_0, and noise; B samples at a time."""
 
     def times(self, seed: int, keys: Sequence[str]) -> torch.Tensor:
-        """The times at which B samples are trained, (B,); entry i depends on (seed, keys[i]) alone."""
+        """The times at which B samples are trained, (B,). Entry i depends on (seed, keys[i]) alone."""
 
     def spread_times(self, count: int) -> torch.Tensor:
-        """`count` times that are spread evenly over the process, (count,), for losses that are to be compared."""
+        """Times spread evenly over the process, (count,), for losses that are to be compared with each other."""
 
     def noise(self, x0: torch.Tensor, seed: int, keys: Sequence[str]) -> torch.Tensor:
-        """The noise of B samples, in the shape of x0, (B, C, h, w); row i depends on (seed, keys[i]) alone."""
+        """The noise of B samples, in the shape of x0, (B, C, h, w). Row i depends on (seed, keys[i]) alone."""
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t, the images with the noise of time t in them. x0, noise: (B, C, h, w); t: (B,)."""
+        """x_t: the latents x0 with the noise of time t in them. x0, noise: (B, C, h, w); t: (B,)."""
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the model is asked for at x_t, (B, C, h, w)."""
+        """What the model should predict from x_t, (B, C, h, w)."""
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """How much the error of a sample at time t counts, (B,)."""
 
     def to(self, device: torch.device) -> Process:
-        """The same process with its tables on a device."""
+        """The same process, with its tensors on this device."""
 
 
 @dataclass(frozen=True)

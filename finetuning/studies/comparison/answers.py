@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from finetuning.evaluation.score_table import Row, markdown
-from finetuning.evaluation.scores import mean_and_interval
+from finetuning.evaluation.statistics import mean_and_interval
 from finetuning.studies.comparison.page import Facts
 from finetuning.studies.comparison.results import (
     BASE,

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetuning.evaluation.score_table import Row, mean_of
-from finetuning.evaluation.scores import mean_and_interval
+from finetuning.evaluation.statistics import mean_and_interval
 from finetuning.studies.comparison.results import BASE, LESS_IS_BETTER, by_subject, ends, methods_of, over, where
 
 SHOWN = ("subject", "subject_new", "context", "others", "leak", "drift")

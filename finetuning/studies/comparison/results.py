@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import Row, mean_of
-from finetuning.evaluation.scores import mean_and_interval
+from finetuning.evaluation.statistics import mean_and_interval
 from finetuning.run_folder import CONFIG, METRICS, read_metrics
 from finetuning.studies.comparison.grid import Grid, Piece
 
