@@ -23,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetuning.adapters.choice import AdapterChoice, load_chosen
 from finetuning.adapters.pipelines import mix_adapters
 from finetuning.errors import InputError
-from finetuning.export.formats import DTYPES, Truncation, how_to_load, save_for_peft, save_lora, save_single_file
+from finetuning.export.lora import Truncation, save_lora
+from finetuning.export.peft import save_for_peft
+from finetuning.export.precision import DTYPES
+from finetuning.export.single_file import how_to_load, save_single_file
 from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 from finetuning.settings.folders import check_writable
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.adapters.choice import AdapterChoice, load_chosen
 from finetuning.errors import InputError
-from finetuning.export.formats import DTYPES, save_pipeline
+from finetuning.export.pipeline import save_pipeline
+from finetuning.export.precision import DTYPES
 from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 from finetuning.settings.folders import check_writable
 

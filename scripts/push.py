@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.errors import InputError
-from finetuning.publishing.hub import open_repository, shared_files
+from finetuning.publishing.hub import open_repository, uploaded_files
 from finetuning.run_folder import CARD
 from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (run / CARD).is_file():
         raise InputError(f"--run={run}: holds no {CARD}; give the folder of a run that has ended")
     repository = open_repository(upload.hub_model_id, upload.hub_token, run)
-    print(f"{len(shared_files(run))} files in {repository.upload(run)}")
+    print(f"{len(uploaded_files(run))} files in {repository.upload(run)}")
 
 
 if __name__ == "__main__":
