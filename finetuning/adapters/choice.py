@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from finetuning.adapters.folder import adapter_sources, load_run_config, local_folder, run_of, trained_on
 from finetuning.adapters.pipelines import load_adapter, load_base

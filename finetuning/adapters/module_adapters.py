@@ -269,8 +269,9 @@ class ModuleAdapters:
         model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
         config = model.peft_config[name]
         config.use_rslora = False
-        for layer in model.modules():
-            if not isinstance(layer, BaseTunerLayer) or name not in layer.lora_A:
+        layers: list[TunerLayer] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in layers:
+            if name not in layer.lora_A:
                 continue
             layer.use_rslora[name] = False
             layer.r[name] = layer.lora_alpha[name] = config.r

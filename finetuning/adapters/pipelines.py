@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers import DiffusionPipeline
+from peft.utils import PeftType
 
 from finetuning.adapters.folder import PARTS, check_same_base, find_parts, load_run_config, local_folder, trained_on
 from finetuning.adapters.foreign_changes import check_no_foreign_adapter, check_weights_are_here, plain_module
@@ -43,8 +44,7 @@ def load_base(
     Raises:
         InputError: the model does not exist, cannot be loaded, is incomplete, or is not Stable Diffusion 1.x or 2.x.
     """
-    pipeline: DiffusionPipeline = load_stable_diffusion(name, revision, variant).pipeline()
-    pipeline.to(device, dtype)
+    pipeline = load_stable_diffusion(name, revision, variant).pipeline().to(device, dtype)
     pipeline.register_to_config(_name_or_path=name)
     choose_attention(pipeline.unet, pipeline.device, False)
     return pipeline
@@ -104,13 +104,7 @@ def load_adapter(
     states = {part: ModuleAdapters.of(modules[part]) or ModuleAdapters(part, modules[part]) for part in found}
     for part, state in states.items():
         state.check_ready()
-        kind = stored[part].config.peft_type
-        if state.peft_model and state.kind != kind:
-            raise InputError(
-                f"{folder}: is {KINDS[kind]}, and the pipeline's {part} carries {KINDS[state.kind]}; the two "
-                "have no strengths side by side. Put one into the weights first (merge_adapter; or scripts/merge.py, "
-                "and its result as the base with --any_base), then load the other"
-            )
+        _check_same_kind(state, PeftType(stored[part].config.peft_type), folder)
     added = []
     try:
         for part, state in states.items():
@@ -128,6 +122,23 @@ def load_adapter(
     for state in states.values():
         state.set_strengths({**state.strengths, name: strength})
     return name
+
+
+def _check_same_kind(state: ModuleAdapters, kind: PeftType, folder: Path) -> None:
+    """Check that a new adapter is of the same kind, BOFT or LoRA, as those that a module carries.
+
+    Args:
+        folder: of the new adapter, for the error.
+
+    Raises:
+        InputError: it is of the other kind.
+    """
+    if state.peft_model and state.kind != kind:
+        raise InputError(
+            f"{folder}: is {KINDS[kind]}, and the pipeline's {state.part} carries {KINDS[state.kind]}; the two "
+            "have no strengths side by side. Put one into the weights first (merge_adapter; or scripts/merge.py, "
+            "and its result as the base with --any_base), then load the other"
+        )
 
 
 def set_strength(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]) -> None:

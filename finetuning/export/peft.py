@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.utils import PeftType
 from safetensors.torch import save_file
@@ -41,7 +41,7 @@ def save_for_peft(pipeline: DiffusionPipeline, folder: Path) -> list[str]:
     states = adapted_parts(pipeline)
     active = list(dict.fromkeys(name for state in states.values() for name in state.active()))
     if len(active) != 1:
-        raise InputError(f"a peft folder holds one adapter, at work are {', '.join(active) or 'none'}; mix them first")
+        raise InputError(f"a peft folder holds one adapter, active are {', '.join(active) or 'none'}; mix them first")
     (name,) = active
     written = {part: _as_stock_peft(state, name) for part, state in states.items() if name in state.active()}
     for part, (config, tensors) in written.items():

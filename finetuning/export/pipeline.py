@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from finetuning.adapters.pipelines import check_nothing_foreign, merge_adapter
 from finetuning.export.precision import DTYPES, rounding_loss

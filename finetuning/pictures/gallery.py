@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from finetuning.dataset.stream import find_images, open_image
@@ -111,14 +111,13 @@ class Gallery:
             conditions: one for each prompt, for a pipeline that draws by controls; control: its further arguments.
             advance: is told after each batch how many pictures were drawn.
         """
-        draw: Any = pipeline  # which is called in another way in each of its classes
         pipeline.set_progress_bar_config(disable=True)
         missing = self.missing()
         for start in range(0, len(missing), batch_size):
             chunk = missing[start : start + batch_size]
             more = {} if conditions is None else {"image": conditions[[p for p, _ in chunk]], **control}
             with torch.no_grad(), torch.autocast(pipeline.device.type, precision, precision != torch.float32):
-                images = draw(
+                images = pipeline(
                     [self.prompts[p] for p, _ in chunk],
                     height=resolution,
                     width=resolution,

@@ -11,8 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -90,7 +89,6 @@ def draw(
         batch_size: pictures at a time, at most.
         controls: {file: control image as the pipeline takes it}, of all files that orders name.
     """
-    call: Any = pipeline  # which is called in another way in each of its classes
     pictures: dict[int, Image.Image] = {}
     alike: dict[tuple, list[int]] = {}
     for i, order in enumerate(orders):
@@ -103,7 +101,7 @@ def draw(
             more = {"image": controls[control], "controlnet_conditioning_scale": scale}
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
-            images = call(
+            images = pipeline(
                 prompt=[orders[i].prompt for i in chosen],
                 negative_prompt=[orders[i].negative_prompt for i in chosen],
                 generator=[torch.Generator().manual_seed(orders[i].seed) for i in chosen],
