@@ -23,6 +23,7 @@ PARTS = (
     "unet", "text_encoder", "hint_encoder", "controlnet", "vae", "tokenizer", "scheduler", "safety_checker",
     "feature_extractor", "image_encoder",
 )  # fmt: skip
+WEIGHT_FOLDERS = ("unet", "text_encoder", "hint_encoder", ".")  # with trained weights; a ControlNet's lie in the last
 FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", CARD, COMPARISON)
 ADAPTERS = ("adapter_config.json", "adapter_model.*")  # of peft; a run writes them into unet/, never here
 RECORDS = (CONFIG, METRICS, ENVIRONMENT)  # exist from the beginning of a run

@@ -20,7 +20,7 @@ from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import value_faults
 from finetuning.settings.yaml_file import read_yaml
 
-PARTS = ("unet", "text_encoder")
+ADAPTABLE_PARTS = ("unet", "text_encoder")  # of a pipeline
 DOWNLOADED = [  # patterns of the files that are wanted of a repository on the hub: adapters and controls
     CONFIG,
     f"*{ADAPTER_CONFIG}",
@@ -91,14 +91,15 @@ def adapter_sources(folder: Path) -> dict[str | None, Path]:
         InputError: it holds no adapter.
     """
     found: dict[str | None, Path] = {}
-    found |= {part: folder / part for part in PARTS if (folder / part / ADAPTER_CONFIG).is_file()}
+    found |= {part: folder / part for part in ADAPTABLE_PARTS if (folder / part / ADAPTER_CONFIG).is_file()}
     if not found and (folder / ADAPTER_CONFIG).is_file():
         found = {None: folder}
     if not found:
         if (folder / "model_index.json").is_file():
             raise InputError(f"{folder}: is a whole pipeline, not an adapter; load it as the base")
         raise InputError(
-            f"{folder}: holds no adapter ({ADAPTER_CONFIG} in it, in {' or in '.join(PARTS)}); has the run ended?"
+            f"{folder}: holds no adapter ({ADAPTER_CONFIG} in it, in {' or in '.join(ADAPTABLE_PARTS)}); "
+            "has the run ended?"
         )
     return found
 
@@ -145,7 +146,7 @@ def trained_on(folder: Path) -> str | None:
     """The name of the base that an adapter was trained on; None = neither the run nor peft has noted it."""
     if run := run_of(folder):
         return load_run_config(run).get("pretrained_model_name_or_path")
-    for place in (folder, *(folder / part for part in PARTS)):
+    for place in (folder, *(folder / part for part in ADAPTABLE_PARTS)):
         if (place / ADAPTER_CONFIG).is_file():
             return PeftConfig.from_pretrained(str(place)).base_model_name_or_path
     return None
@@ -177,7 +178,7 @@ def _is_same_model(a: str, b: str) -> bool:
     left, right = Path(a), Path(b)
     if not (left.is_dir() and right.is_dir()):
         return False
-    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in PARTS)
+    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in ADAPTABLE_PARTS)
 
 
 def _has_same_weights(left: Path, right: Path) -> bool:

@@ -19,7 +19,14 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.utils import PeftType
 
-from finetuning.adapters.folder import PARTS, check_same_base, find_parts, load_run_config, local_folder, trained_on
+from finetuning.adapters.folder import (
+    ADAPTABLE_PARTS,
+    check_same_base,
+    find_parts,
+    load_run_config,
+    local_folder,
+    trained_on,
+)
 from finetuning.adapters.foreign_changes import check_no_foreign_adapter, check_weights_are_here, plain_module
 from finetuning.adapters.module_adapters import ModuleAdapters
 from finetuning.adapters.stored import KINDS, read_adapter
@@ -273,7 +280,7 @@ def check_nothing_foreign(pipeline: DiffusionPipeline) -> None:
 
 def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """UNet and text encoder, as far as the pipeline has them, without the wrappers of torch.compile."""
-    found = {part: getattr(pipeline, part, None) for part in PARTS}
+    found = {part: getattr(pipeline, part, None) for part in ADAPTABLE_PARTS}
     return {part: plain_module(module) for part, module in found.items() if module is not None}
 
 

@@ -21,9 +21,9 @@ from finetuning.dataset.stream import find_images, open_image
 from finetuning.errors import InputError
 from finetuning.files import save_picture, write
 from finetuning.randomness import generator
+from finetuning.run_folder import WEIGHT_FOLDERS
 
 RECORD = "record.json"
-WEIGHT_FOLDERS = ("unet", "text_encoder", "hint_encoder", ".")  # of a run; a ControlNet's weights lie in the last
 
 
 @dataclass(frozen=True)

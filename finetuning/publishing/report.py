@@ -220,6 +220,7 @@ def score_tables(run: Path) -> list[dict[str, Any]]:
 
 
 def _table(title: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """A table as `score_tables` returns it."""
     columns = columns_of(rows)
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     return {"title": title, "columns": [(column, MEANINGS.get(column, "")) for column in columns], "rows": cells}

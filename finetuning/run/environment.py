@@ -18,7 +18,7 @@ DECIDES_BITS = ("torch", "device", "threads")
 
 
 def describe() -> dict[str, str]:
-    """Versions and machine of this process, by name."""
+    """The environment of this process, {name: value}: Python, system, device, cores, threads, versions of PACKAGES."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     found["cores"], found["threads"] = str(os.cpu_count()), str(torch.get_num_threads())
@@ -46,6 +46,6 @@ def write(run: Path, **more: object) -> None:
 
 
 def changes(run: Path) -> list[str]:
-    """What was different when the run began and decides its bits, one text each; empty if nothing is known of it."""
+    """What has changed since the run began and decides its bits, one text each; empty if there is no record of it."""
     before, now = read(run) or {}, describe()
     return [f"{key} was {before[key]}, is {now[key]}" for key in DECIDES_BITS if before.get(key, now[key]) != now[key]]

@@ -1,6 +1,6 @@
 """tensorboard and wandb behind one small interface: numbers, pictures, and a configuration without secrets.
 
-accelerate has such an interface, too, but no pictures for both and no way to drop what a resumed run computes anew.
+accelerate has trackers, too, but its TensorBoard refuses settings that are lists.
 """
 
 from __future__ import annotations
