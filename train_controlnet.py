@@ -40,8 +40,8 @@ from finetuning.files import save_picture
 from finetuning.objective.diffusion import mean_squared_error
 from finetuning.pictures.grid import grid
 from finetuning.randomness import seed_modules
-from finetuning.readings import onto
-from finetuning.run.run import DTYPES
+from finetuning.readings import to_device
+from finetuning.run.processes import DTYPES
 from finetuning.run_folder import COMPARISON, METRICS, VALIDATION, read_metrics
 from finetuning.settings.reading import read_config, run_command
 from finetuning.training.training import Losses
@@ -82,7 +82,7 @@ class ControlNet:
         training, base, process = self.training, self.base, self.base.process
         # Latents of B images, and what conditions them: prompts, and controls (B, channels, H, W):
         x0, condition = training.encoding.latents(batch), training.encoding.condition(batch)
-        control = onto(batch.conditions, x0.device, x0.dtype)
+        control = to_device(batch.conditions, x0.device, x0.dtype)
 
         # Noise them, predict by the control, compare:
         noise = process.noise(x0, self.seed, batch.keys)  # (B, C, h, w)

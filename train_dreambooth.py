@@ -39,7 +39,7 @@ from finetuning.files import save_picture
 from finetuning.models.loading import load_stable_diffusion
 from finetuning.objective.diffusion import mean_squared_error
 from finetuning.randomness import seed_modules
-from finetuning.run.run import DTYPES
+from finetuning.run.processes import DTYPES
 from finetuning.run_folder import COMPARISON
 from finetuning.settings.reading import read_config, run_command
 from finetuning.training.checkpoint import write_pipeline

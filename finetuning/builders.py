@@ -23,7 +23,8 @@ from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.pictures.sampler import Sampler
 from finetuning.publishing.hub import HubRepository, open_repository
 from finetuning.run.run import Run
-from finetuning.run.trackers import start_trackers, tracker_names
+from finetuning.run.trackers import Tracker, start_trackers, tracker_names
+from finetuning.run_folder import CONFIG
 from finetuning.settings.adapter import AdapterSettings
 from finetuning.settings.dreambooth import DreamBoothAdapterSettings
 from finetuning.settings.fields import Config
@@ -211,12 +212,18 @@ def begin(training: Training, config: TrainerConfig, method: str, images: str) -
     """Open the run's folder and trackers, and say what is about to happen: from here on, things are written.
 
     method: how it is trained, in a word, and images: on what; for the line that the user reads.
+
+    Raises:
+        InputError: a tracker cannot be opened; what stands in the folder is as it was.
     """
-    run = training.run
+    run, folder = training.run, training.checkpoints.folder
     if run.is_main:
+        trackers = build_trackers(config.tracking, config, folder, training.first_step)
         training.checkpoints.begin(is_new=training.first_step == 0)
-    run.open(training.checkpoints.folder, config, training.first_step, training.state.weights)
-    build_trackers(run, config.tracking, config, training.first_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / CONFIG)
+        run.open_log(folder, trackers, training.first_step, training.state.weights)
+    run.wait()
     trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in training.adapters.items())
     run.say(
         f"{method}: {trained} are trained on {images}, batch {training.total_batch}, "
@@ -233,18 +240,21 @@ def build_hub(settings: TrackerSettings, output_dir: Path) -> HubRepository | No
     return open_repository(settings.hub_model_id, settings.hub_token, output_dir)
 
 
-def build_trackers(run: Run, settings: TrackerSettings, config: Config, first_step: int) -> None:
-    """Open the trackers, in the first process."""
-    if run.is_main:
-        run.trackers = start_trackers(
-            settings.report_to,
-            folder=run.folder,
-            logging_dir=settings.logging_dir,
-            project=settings.tracker_project_name,
-            name=settings.wandb_run_name or run.folder.name,
-            configuration=config.as_dict(),
-            first_step=first_step,
-        )
+def build_trackers(settings: TrackerSettings, config: Config, folder: Path, first_step: int) -> list[Tracker]:
+    """The trackers that --report_to asks for, opened for a run in `folder`; only the first process needs them.
+
+    Raises:
+        InputError: a tracker cannot be opened.
+    """
+    return start_trackers(
+        settings.report_to,
+        folder=folder,
+        logging_dir=settings.logging_dir,
+        project=settings.tracker_project_name,
+        name=settings.wandb_run_name or folder.name,
+        configuration=config.as_dict(),
+        first_step=first_step,
+    )
 
 
 def build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter:

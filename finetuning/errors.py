@@ -1,4 +1,4 @@
-"""What ends a program with a message in the place of a traceback."""
+"""Errors that end a program with a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(Exception):
-    """The user asked for what cannot be done. Each fault names the flag, its value and the remedy."""
+    """What the user asked for cannot be done.
+
+    Args:
+        faults: all that is wrong; each names the flag, its value and the remedy.
+    """
 
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
@@ -16,4 +20,4 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A run cannot go on, through no fault of its input."""
+    """A run cannot go on, for a reason that lies not in its input, e.g. a full disk."""

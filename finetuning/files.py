@@ -1,6 +1,7 @@
-"""Files: text that users give is read in one way; what a run writes appears in one step.
+"""Reading text that users give, and writing files in one step.
 
-So whoever reads finds the old file or the new one, also on a full disk.
+A file is written beside its place and then moved there: whoever reads it finds the old file or the new one, never half
+of one, even when the disk is full.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-MARK = "\ufeff"  # Windows' editors put it before UTF-8
+MARK = "\ufeff"  # byte order mark, which editors on Windows put before UTF-8
 OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -21,11 +22,11 @@ OTHER_MARKS = {
 
 
 def read(path: str | Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark, each line ended by a newline alone.
+    """The text of a UTF-8 file, without a byte order mark, and with "\\n" as the only line end.
 
     Raises:
-        ValueError: it has another encoding; says which, if it is known, and what to do.
-        OSError: it cannot be read.
+        ValueError: the file has another encoding; says which, if it can be told, and what to do.
+        OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
     for mark, encoding in OTHER_MARKS.items():
@@ -41,10 +42,10 @@ def read(path: str | Path) -> str:
 
 
 def lines(path: str | Path) -> list[tuple[int, str]]:
-    """The lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
+    """The lines of a UTF-8 file that are not blank, stripped, each with its number; the first line is number 1.
 
-    Lines end at newlines alone, not at the other separators that `str.splitlines` knows: JSON allows U+2028, U+0085
-    and their like within a string. A byte order mark goes from every line, because files with it get joined.
+    Only newlines end a line, not the other separators of `str.splitlines`: JSON allows U+2028, U+0085 and the like
+    inside a string. A byte order mark is removed from every line, because files that begin with one get joined.
 
     Raises:
         ValueError, OSError: as `read`.
@@ -54,10 +55,10 @@ def lines(path: str | Path) -> list[tuple[int, str]]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file beside its place, and move it there; its folder is made.
+    """Write a text file in UTF-8; its folder is made if it does not exist.
 
     Raises:
-        OSError: it cannot be written; what stood there still stands.
+        OSError: it cannot be written; a file that was there before is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -69,10 +70,13 @@ def write(path: Path, text: str) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture beside its place and move it there, so that nobody sees half of one.
+    """Write a picture; its folder is made if it does not exist.
 
     Args:
-        path: ends in .webp for a small file with slight losses; anything else is a PNG.
+        path: of a WebP if it ends in .webp, which is small and loses a little; otherwise of a PNG.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")

@@ -1,7 +1,7 @@
-"""Every random number follows from the seed and from what it is for, never from how often a generator was called.
+"""Random numbers that depend on the seed and on what they are for, never on how often a generator was called.
 
-So a resumed run needs no generator state, and neither the batch size, nor accumulation, nor the number of processes
-changes what a sample sees.
+Therefore a resumed run needs no state of a generator, and neither batch size, nor accumulation, nor the number of
+processes changes the random numbers of a sample.
 """
 
 from __future__ import annotations
@@ -12,47 +12,51 @@ from functools import lru_cache
 
 import torch
 
-from finetuning.readings import onto
+from finetuning.readings import to_device
 
 CPU = torch.device("cpu")
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed in [0, 2**63) from, say, (seed, "noise", position); the same in every process and on every machine."""
+    """A seed in [0, 2**63) that depends on all parts, e.g. (seed, "noise", position), and on nothing else.
+
+    It is the same in every process and on every machine.
+    """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A generator of its own on the CPU, whatever device trains, so that devices see the same numbers."""
+    """A new generator, seeded by `derived_seed`. It is on the CPU, so that all devices get the same numbers."""
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 def normal(
     shape: Sequence[int], seed: int, purpose: str, keys: Sequence[object], like: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Standard normal numbers (len(keys), *shape): row i depends on (seed, purpose, keys[i]) alone.
+    """Standard normal numbers (len(keys), *shape). Row i depends on (seed, purpose, keys[i]) alone.
 
     Args:
-        like: Its device and dtype are the result's; a GPU is not waited for. None = float32 on the CPU.
+        like: a tensor whose device and dtype the result has; the host does not wait for a GPU. None = float32 on the
+            CPU.
     """
     drawn = torch.stack([torch.randn(*shape, generator=generator(seed, purpose, key)) for key in keys])
-    return drawn if like is None else onto(drawn, like.device, like.dtype)
+    return drawn if like is None else to_device(drawn, like.device, like.dtype)
 
 
 def integers(high: int, seed: int, purpose: str, keys: Sequence[object], device: torch.device = CPU) -> torch.Tensor:
-    """Uniform integers in [0, high), shape (len(keys),): entry i depends on (seed, purpose, keys[i]) alone.
+    """Uniform integers in [0, high), int64, (len(keys),). Entry i depends on (seed, purpose, keys[i]) alone.
 
     Args:
-        device: Where they are wanted; a GPU is not waited for.
+        device: of the result; the host does not wait for a GPU.
     """
     drawn = torch.tensor([derived_seed(seed, purpose, key) % high for key in keys], dtype=torch.long)
-    return onto(drawn, device)
+    return to_device(drawn, device)
 
 
 @lru_cache(maxsize=16)
 def permutation(n: int, seed: int, purpose: str, epoch: int) -> tuple[int, ...]:
-    """An order of range(n) for this epoch."""
+    """A random order of range(n) for an epoch."""
     return tuple(torch.randperm(n, generator=generator(seed, purpose, epoch)).tolist())
 
 

@@ -1,6 +1,7 @@
-"""What a run leaves in its output folder, and what of it stands there: nothing is replaced that was not made by a run.
+"""The files of a run's output folder: their names, and which of those in a folder were written by a run.
 
-The parts are folders that `write_folder` makes; each lists its own files, by which they are known again.
+A run replaces only what a run has written. Its parts are folders that `write_folder` makes; each has a manifest of its
+own files, by which they are recognized.
 """
 
 from __future__ import annotations
@@ -14,37 +15,38 @@ CONFIG = "config.yaml"  # every setting, as --config reads it
 METRICS = "metrics.jsonl"  # a line of numbers for each step
 ENVIRONMENT = "environment.json"  # versions, device, and the base's fingerprint
 STATE = "training_state.pt"  # in a checkpoint: optimizer, schedule, counters
-CARD = "README.md"  # the last thing that a run writes
+CARD = "README.md"  # written at the very end
 COMPARISON = "comparison.png"
-VALIDATION = "validation"  # folder of the pictures on the way
+VALIDATION = "validation"  # folder of the pictures that are drawn during training
 MANIFEST = "manifest.json"  # in each part: its files and their hashes
 PARTS = (
     "unet", "text_encoder", "hint_encoder", "controlnet", "vae", "tokenizer", "scheduler", "safety_checker",
     "feature_extractor", "image_encoder",
 )  # fmt: skip
+WEIGHT_FOLDERS = ("unet", "text_encoder", "hint_encoder", ".")  # with trained weights; a ControlNet's lie in the last
 FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", CARD, COMPARISON)
-ADAPTERS = ("adapter_config.json", "adapter_model.*")  # of peft, which a run has in unet/
-RECORDS = (CONFIG, METRICS, ENVIRONMENT)  # which a run that has only begun leaves, too
+ADAPTERS = ("adapter_config.json", "adapter_model.*")  # of peft; a run writes them into unet/, never here
+RECORDS = (CONFIG, METRICS, ENVIRONMENT)  # exist from the beginning of a run
 
 
 def results_in(folder: Path) -> list[str]:
-    """Names of what a finished run leaves, those that are there."""
+    """Names of the files and folders here that a run writes at its end."""
     return [path.name for pattern in (*PARTS, *FILES) for path in sorted(folder.glob(pattern))]
 
 
-def standing_in(folder: Path) -> list[str]:
-    """The same, with what a run leaves that has only begun, and with adapters of other programs."""
+def outputs_in(folder: Path) -> list[str]:
+    """Names of the files and folders here that a run writes at any time, and of adapters that other programs wrote."""
     more = [path.name for pattern in (*RECORDS, *ADAPTERS) for path in sorted(folder.glob(pattern))]
     return results_in(folder) + more
 
 
 def was_interrupted(folder: Path) -> bool:
-    """Whether the run in a folder did not come to its end: it has begun, and its last page is missing."""
+    """Whether a run has begun here and has not come to its end."""
     return all((folder / name).exists() for name in RECORDS) and not (folder / CARD).exists()
 
 
-def stranger_in(part: Path) -> str | None:
-    """A file in a folder that `write_folder` did not put there, or None; hidden ones do not count."""
+def foreign_file_in(part: Path) -> str | None:
+    """A file in a part's folder that no run has written there; None = there is none. Hidden files do not count."""
     if part.is_symlink() or not part.is_dir():
         return part.name
     files = [str(p.relative_to(part)) for p in sorted(part.rglob("*")) if p.is_file() and not p.name.startswith(".")]
@@ -53,18 +55,18 @@ def stranger_in(part: Path) -> str | None:
     except FileNotFoundError:
         known = set()
     except (OSError, ValueError, TypeError):
-        return None  # its list is damaged, but it is one
+        return None  # the manifest is damaged, but a run has written it
     return next((name for name in files if name not in known), None)
 
 
-def strangers_in(folder: Path, parts: Sequence[str] = PARTS) -> list[str]:
-    """Files in the places of a run's parts that no run has put there, as paths inside the folder."""
-    found = [(name, stranger_in(folder / name)) for name in parts if os.path.lexists(folder / name)]
-    return [name if stranger == name else f"{name}/{stranger}" for name, stranger in found if stranger is not None]
+def foreign_files_in(folder: Path, parts: Sequence[str] = PARTS) -> list[str]:
+    """For each part of a run in which lies a file that no run has written: the path, inside the folder, of one."""
+    found = [(name, foreign_file_in(folder / name)) for name in parts if os.path.lexists(folder / name)]
+    return [name if file == name else f"{name}/{file}" for name, file in found if file is not None]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; half a line, as a killed process leaves it, is passed over."""
+    """The lines of metrics.jsonl. Half a line, as a killed process leaves it, is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from PIL import Image
 
 from finetuning.adapters.choice import find_base, find_run_setting, parse_adapter
-from finetuning.adapters.folder import ADAPTER_CONFIG, PARTS, check_same_base, local_folder, trained_on
+from finetuning.adapters.folder import ADAPTABLE_PARTS, ADAPTER_CONFIG, check_same_base, local_folder, trained_on
 from finetuning.adapters.pipelines import get_strengths, load_adapter, load_base, strengths, unload_adapter
 from finetuning.control.loading import load_control_run
 from finetuning.control.pipeline import read_controls, without_control
@@ -165,7 +165,7 @@ def find_adapters(folder: Path) -> list[str]:
         config.parent
         for config in folder.rglob(CONFIG)
         if not config.parent.name.startswith("checkpoint-")
-        and any((config.parent / part / ADAPTER_CONFIG).is_file() for part in PARTS)
+        and any((config.parent / part / ADAPTER_CONFIG).is_file() for part in ADAPTABLE_PARTS)
     ]
     if not found:
         raise InputError(f"--runs={folder}: no adapter is below it; train one, or give --adapter or another folder")

@@ -28,7 +28,9 @@ if __name__ == "__main__":
 from finetuning.adapters.choice import load_chosen
 from finetuning.adapters.pipelines import mix_adapters
 from finetuning.errors import InputError
-from finetuning.export.formats import Truncation, how_to_load, save_for_peft, save_lora, save_single_file
+from finetuning.export.lora import Truncation, save_lora
+from finetuning.export.peft import save_for_peft
+from finetuning.export.single_file import how_to_load, save_single_file
 from finetuning.settings.folders import check_writable
 
 

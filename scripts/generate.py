@@ -43,7 +43,7 @@ from finetuning.pictures.generation import (
 )
 from finetuning.pictures.grid import grid
 from finetuning.run.device import choose_device
-from finetuning.run.run import DTYPES
+from finetuning.run.processes import DTYPES
 from finetuning.settings.folders import check_writable
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from finetuning.adapters.choice import load_chosen
 from finetuning.errors import InputError
-from finetuning.export.formats import save_pipeline
+from finetuning.export.pipeline import save_pipeline
 from finetuning.settings.folders import check_writable
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     config = parse_or_exit(PushConfig, __doc__)  # before the slow imports
 
 from finetuning.errors import InputError
-from finetuning.publishing.hub import open_repository, shared_files
+from finetuning.publishing.hub import open_repository, uploaded_files
 from finetuning.run_folder import CARD
 
 
@@ -40,7 +40,7 @@ def push(config: PushConfig) -> None:
     if not (run / CARD).is_file():
         raise InputError(f"--run={run}: holds no {CARD}; give the folder of a run that has ended")
     repository = open_repository(upload.hub_model_id, upload.hub_token, run)
-    print(f"{len(shared_files(run))} files in {repository.upload(run)}")
+    print(f"{len(uploaded_files(run))} files in {repository.upload(run)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ from finetuning.adapters.pipelines import (
     unload_adapter,
 )
 from finetuning.errors import InputError
-from finetuning.export.formats import save_for_peft, save_lora, save_pipeline, save_single_file
+from finetuning.export.lora import save_lora
+from finetuning.export.peft import save_for_peft
+from finetuning.export.pipeline import save_pipeline
+from finetuning.export.single_file import save_single_file
 
 CPU = torch.device("cpu")
 KINDS = ("boft with biases", "lora")

@@ -19,16 +19,10 @@ from boft.layer import BOFTLayer
 from finetuning.adapters.adapter import ADAPTER_WEIGHTS, add_boft, add_lora
 from finetuning.adapters.pipelines import load_adapter, load_base, load_run, merge_adapter, set_strength
 from finetuning.errors import InputError
-from finetuning.export.formats import (
-    inverse_cayley,
-    kohya_name,
-    save_for_peft,
-    save_lora,
-    save_single_file,
-    smallest_rank,
-    weight_changes,
-)
+from finetuning.export.lora import kohya_name, save_lora, smallest_rank, weight_changes
 from finetuning.export.original_layout import original_layout
+from finetuning.export.peft import inverse_cayley, save_for_peft
+from finetuning.export.single_file import save_single_file
 from finetuning.pictures.generation import PictureOrder, draw
 from finetuning.settings.reading import run_command
 from scripts import export, merge

@@ -25,8 +25,8 @@ from training import run as train
 
 from finetuning.adapters.pipelines import load_adapter, load_base, load_run
 from finetuning.control.card import control_card
-from finetuning.publishing.hub import open_repository, permission_fault, shared_files
-from finetuning.publishing.model_card import licence_of, model_card, shared_card
+from finetuning.publishing.hub import open_repository, permission_fault, uploaded_files
+from finetuning.publishing.model_card import card_for_hub, licence_of, model_card
 from finetuning.settings.reading import run_command
 from scripts import push
 
@@ -257,7 +257,7 @@ def test_without_a_network_training_does_not_begin(
 
 def test_controls_are_shared_by_the_same_function(hub, toy_base, tmp_path, monkeypatch, capsys):
     card = control_card(base=str(toy_base), folder="runs/edges", control="light", adapter="boft", facts={}, picture="")
-    assert 'run = "me/edges"\npipeline = load_control_run(run)' in shared_card(card, tmp_path, "me/edges")
+    assert 'run = "me/edges"\npipeline = load_control_run(run)' in card_for_hub(card, tmp_path, "me/edges")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     data, output = control_folder(tmp_path / "data", 3), tmp_path / "out"
     assert run_control(*control_flags(toy_base, data, output, "--push_to_hub", f"--hub_token={TOKEN}")) == 2
@@ -285,5 +285,5 @@ def test_licence_and_base_of_a_card(tmp_path):
     assert licence_of(str(Path(__file__).parents[1] / "data" / "toyworld" / "base")) == "apache-2.0"
     card = model_card(title="t", base="who/knows", kind="full", folder="runs/t", prompt="a qwe mug", facts={})
     assert "license" not in yaml.safe_load(card.split("---")[1]) and "terms of the base model" in card
-    assert shared_card(card, tmp_path, "me/t") == card.replace('"runs/t"', '"me/t"')
-    assert shared_files(tmp_path) == []
+    assert card_for_hub(card, tmp_path, "me/t") == card.replace('"runs/t"', '"me/t"')
+    assert uploaded_files(tmp_path) == []

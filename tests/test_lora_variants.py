@@ -22,7 +22,8 @@ from finetuning.adapters.pipelines import (
 )
 from finetuning.adapters.stored import read_adapter
 from finetuning.errors import InputError
-from finetuning.export.formats import save_for_peft, save_lora
+from finetuning.export.lora import save_lora
+from finetuning.export.peft import save_for_peft
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 DRAWN = {

@@ -1,4 +1,4 @@
-"""What is trained on a UNet or a text encoder: BOFT, LoRA, or the whole module. Only this file knows `boft`."""
+"""What is trained on a UNet or a text encoder: BOFT, LoRA, or the whole module."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -34,25 +35,35 @@ class Adapter:
 
     Attributes:
         kind: boft, lora or full.
-        module: call this one; the adapter's layers sit inside it.
-        peft_model: peft's holder around the same module; None for full.
+        module: the module to be called; the adapter's layers are inside it.
+        peft_model: peft's wrapper of the same module; None for full.
     """
 
     kind: str
-    module: torch.nn.Module
+    module: Any  # a torch.nn.Module that a library can save: of diffusers or transformers
     peft_model: PeftModel | None = None
 
     def named_trainables(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters that are trained, with their names in the module."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 
     def count(self) -> int:
-        """Numbers that are trained."""
+        """How many numbers are trained."""
         return sum(p.numel() for _, p in self.named_trainables())
 
     def parameter_groups(self, rate: float, weight_decay: float, scale_rate: float | None = None) -> list[dict]:
-        """Optimizer groups. The scale s has a rate of its own; it and the biases do not decay: 0 is not their rest."""
+        """Groups of parameters for the optimizer.
+
+        Neither BOFT's scale s nor an adapter's biases decay: decay pulls towards 0, and they start at 1 and at the
+        base's values.
+
+        Args:
+            rate: the learning rate.
+            weight_decay: of all other parameters.
+            scale_rate: the learning rate of the scale s. None = `rate`.
+        """
         groups: dict[tuple[float, float], list] = {}
         for name, parameter in self.named_trainables():
             is_scale, is_bias = "boft_s" in name, name.endswith("bias")
@@ -62,7 +73,7 @@ class Adapter:
         return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
     def save(self, folder: Path) -> None:
-        """Write the adapter in peft's format, or the module in its own library's."""
+        """Write the adapter in peft's format, or a fully trained module in the format of its library."""
         if self.peft_model is None:
             self.module.save_pretrained(folder)
             return
@@ -71,19 +82,19 @@ class Adapter:
         self.peft_model.peft_config["default"].save_pretrained(str(folder))
 
     def size(self) -> int:
-        """Bytes that `save` writes, about."""
+        """About how many bytes `save` writes."""
         state = self.module.state_dict() if self.peft_model is None else self.state()
         return sum(tensor.nbytes for tensor in state.values())
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote into this adapter.
+        """Read what `save` has written into this adapter.
 
         Raises:
-            InputError: the file is damaged or of another adapter.
+            InputError: the file is damaged, or belongs to another adapter.
         """
         try:
             if self.peft_model is None:
-                state = {}
+                state: dict[str, torch.Tensor] = {}
                 for path in sorted(folder.glob("*.safetensors")):
                     state |= load_file(path)
                 self.module.load_state_dict(state)
@@ -96,18 +107,22 @@ class Adapter:
             raise InputError(f"--resume_from_checkpoint: {folder} cannot be loaded ({error})") from error
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under peft's names."""
+        """The adapter's tensors on the CPU, under peft's names. Not for kind full."""
         state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     @contextmanager
-    def disabled(self):
-        """The base model, for as long as the block lasts. Impossible for kind full, which has changed it."""
+    def disabled(self) -> Iterator[None]:
+        """Switch the adapter off for as long as the block lasts, so that the module computes what the base does.
+
+        Raises:
+            ValueError: the kind is full, whose training has changed the base itself.
+        """
         if self.peft_model is None:
             raise ValueError("a fully trained module cannot be switched back to its base")
         layers = [m for m in self.module.modules() if isinstance(m, BaseTunerLayer)]
         before = [layer._disable_adapters for layer in layers]
-        for layer in layers:  # peft's own switch would also turn gradients on for a frozen scale
+        for layer in layers:  # peft's own switch would afterwards also train a scale that was frozen
             layer._disable_adapters = True
         try:
             yield
@@ -117,9 +132,9 @@ class Adapter:
 
     @torch.no_grad()
     def rotation_angle(self) -> float | None:
-        """Mean angle in degrees by which BOFT's blocks turn their planes, or None for other kinds.
+        """The mean angle in degrees by which BOFT's blocks rotate their planes; None for other kinds.
 
-        A skew S with eigenvalues ±iλ gives, by the Cayley map, a rotation by 2·atan(λ) in each of its planes.
+        By the Cayley map a skew matrix S with eigenvalues ±iλ gives a rotation by 2·atan(λ) in each of its planes.
         """
         if self.kind != "boft":
             return None
@@ -132,8 +147,8 @@ class Adapter:
 
 
 @contextmanager
-def disabled(adapters: Iterable[Adapter]):
-    """The base model behind all of them, for as long as the block lasts; fully trained modules stay as they are."""
+def disabled(adapters: Iterable[Adapter]) -> Iterator[None]:
+    """Switch several adapters off for as long as the block lasts; fully trained modules stay as they are."""
     with ExitStack() as stack:
         for adapter in adapters:
             if adapter.kind != "full":
@@ -153,10 +168,19 @@ def add_boft(
     train_scale: bool = True,
     presets: Mapping[str, Sequence[str]] = UNET_PRESETS,
 ) -> Adapter:
-    """Put BOFT on the layers whose names end in one of `targets` (or a preset); a fresh one changes nothing.
+    """Put BOFT on layers of a module. A fresh adapter changes nothing.
+
+    Args:
+        targets: endings of the layers' names, or names of presets.
+        block_size: b, rows of a block; block_num: blocks in a factor. Give one; both 0 = the default block size.
+        factors: m, the number of butterfly factors.
+        dropout: probability in [0, 1) with which a block is replaced by the identity.
+        bias: which biases are trained, too: none, all, or boft_only.
+        train_scale: train the scale s of each output neuron.
+        presets: {name: endings of layers' names}.
 
     Raises:
-        InputError: no such layer, or a block size that a layer's features cannot be divided by.
+        InputError: there is no such layer, or a layer's features cannot be divided into such blocks.
     """
     if not block_size and not block_num:
         block_size = BLOCK_SIZE
@@ -184,10 +208,20 @@ def add_lora(
     dropout: float = 0.0,
     presets: Mapping[str, Sequence[str]] = UNET_PRESETS,
 ) -> Adapter:
-    """Put peft's LoRA on layers; alpha None = rank."""
+    """Put peft's LoRA on layers of a module. A fresh adapter changes nothing.
+
+    Args:
+        targets, presets: as for `add_boft`.
+        rank: of the update.
+        alpha: the update is scaled by alpha / rank. None = rank.
+        dropout: probability in [0, 1) with which an input feature is dropped.
+
+    Raises:
+        InputError: there is no such layer.
+    """
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft computes with floats as well
         lora_dropout=dropout,
         init_lora_weights="gaussian",
         target_modules=target_modules(targets, module, "--lora_target_modules", presets),
@@ -196,7 +230,7 @@ def add_lora(
 
 
 def train_fully(module: torch.nn.Module) -> Adapter:
-    """All weights of the module learn, in float32."""
+    """Train all weights of a module, which are brought to float32."""
     return Adapter("full", module.float().requires_grad_(True))
 
 
@@ -206,10 +240,15 @@ def target_modules(
     flag: str,
     presets: Mapping[str, Sequence[str]] = UNET_PRESETS,
 ) -> list[str]:
-    """The endings of layer names that presets or the user's own words mean, those that occur in this module.
+    """The endings of layers' names that are adapted in a module.
+
+    Args:
+        targets: names of presets, or endings, several of them separated by commas.
+        flag: which the targets were given by, for the error.
+        presets: {name: endings}; those of its endings that do not occur in the module are left out.
 
     Raises:
-        InputError: an ending that no layer has.
+        InputError: an ending that is in no preset does not occur in the module.
     """
     endings = [e for target in targets for e in presets.get(target, [part.strip() for part in target.split(",")])]
     names = [name for name, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
@@ -226,6 +265,11 @@ def target_modules(
 
 
 def _wrap(module: torch.nn.Module, config: PeftConfig, kind: str, flags: str) -> Adapter:
+    """Put peft's layers into a module; everything that is trained is then in float32.
+
+    Raises:
+        InputError: peft refuses the configuration; begins with `flags`.
+    """
     try:
         peft_model = get_peft_model(module, config, autocast_adapter_dtype=True)
     except ValueError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,13 +23,14 @@ def load_chosen(
     """The base with all chosen adapters on it, and their strengths by name.
 
     Raises:
-        InputError: a base or an adapter cannot be had.
+        InputError: the base or an adapter cannot be loaded, or they do not fit each other.
     """
     wanted = [parse_adapter(text) for text in choice.adapter]
-    name, options = choice.pretrained_model_name_or_path, {}
+    options: Mapping[str, str | None] = {}
+    name = choice.pretrained_model_name_or_path
     if name is None:
         name, options = find_base(wanted[0][0]) if wanted else (EMBEDDED_BASE, {})
-    pipeline = load_base(name, **options, device=device, dtype=dtype)
+    pipeline = load_base(name, options.get("revision"), options.get("variant"), device, dtype)
     strengths = {}
     for path, strength in wanted:
         strengths[load_adapter(pipeline, path, strength, check_base=not choice.any_base)] = strength
@@ -35,10 +38,10 @@ def load_chosen(
 
 
 def find_base(path: str) -> tuple[str, dict[str, str | None]]:
-    """Name of the base that an adapter was trained on, with revision and variant.
+    """The base that an adapter was trained on: its name, and {"revision", "variant"} where a run has noted them.
 
     Raises:
-        InputError: there is no adapter, or nobody has noted it.
+        InputError: there is no adapter, or its folder does not say what it was trained on.
     """
     folder = local_folder(path)
     adapter_sources(folder)
@@ -50,8 +53,12 @@ def find_base(path: str) -> tuple[str, dict[str, str | None]]:
     raise InputError(f"--adapter={path}: does not say what it was trained on; give --pretrained_model_name_or_path")
 
 
-def find_run_setting(choice: AdapterChoice, name: str, otherwise: object) -> object:
-    """A setting of the run of the first adapter, e.g. the guidance with which it was validated."""
+def find_run_setting(choice: AdapterChoice, name: str, otherwise: Any) -> Any:
+    """A setting of the run that trained the first adapter, e.g. the guidance scale of its validation pictures.
+
+    Args:
+        otherwise: is returned where there is no adapter, or none that a run has trained.
+    """
     if not choice.adapter:
         return otherwise
     run = run_of(local_folder(parse_adapter(choice.adapter[0])[0]))
@@ -59,10 +66,10 @@ def find_run_setting(choice: AdapterChoice, name: str, otherwise: object) -> obj
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """PATH or PATH:STRENGTH.
+    """The path and the strength in PATH or PATH:STRENGTH; without one it is 1.
 
     Raises:
-        InputError: what follows the colon is no number.
+        InputError: what follows the colon is not a finite number.
     """
     path, colon, tail = text.rpartition(":")
     if not colon or not path or Path(text).exists() or "/" in tail or "\\" in tail:
@@ -71,10 +78,13 @@ def parse_adapter(text: str) -> tuple[str, float]:
 
 
 def parse_strength(text: str, flag: str) -> float:
-    """A finite number.
+    """The number in a text.
+
+    Args:
+        flag: names the text in the error.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a finite number.
     """
     try:
         value = float(text)

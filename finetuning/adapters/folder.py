@@ -1,4 +1,4 @@
-"""A folder with adapters: a run's, one of its checkpoints, or one in peft's format; and which base they belong to."""
+"""Folders that hold adapters: a run's, a checkpoint's, or one in peft's format; and the base they were trained on."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.reading import value_faults
 from finetuning.settings.yaml_file import read_yaml
 
-PARTS = ("unet", "text_encoder")
-SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
+ADAPTABLE_PARTS = ("unet", "text_encoder")  # of a pipeline
+DOWNLOADED = [  # patterns of the files that are wanted of a repository on the hub: adapters and controls
     CONFIG,
     f"*{ADAPTER_CONFIG}",
     f"*{ADAPTER_WEIGHTS}",
     "hint_encoder/*",
     "config.json",
     "diffusion_pytorch_model.safetensors",
-)
+]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_run_config(run: Path) -> dict:
-    """The resolved configuration of a run.
+    """The settings of a run, {name: value}, with everything that was left to the trainer filled in.
 
     Raises:
-        InputError: the folder is not a run's output, or the configuration has been damaged.
+        InputError: the folder is not a run's output, or its configuration has been damaged.
     """
     path = run / CONFIG
     if not path.is_file():
@@ -53,10 +53,13 @@ def load_run_config(run: Path) -> dict:
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder itself, or a hub repository's adapters and controls in the cache.
+    """The folder itself, or the folder in the cache into which adapters and controls of a hub repository are loaded.
+
+    Args:
+        path: a folder, or the name owner/name of a repository on the hub.
 
     Raises:
-        InputError: a file, not there, or not to be had.
+        InputError: it is a file, there is no such folder, or the hub cannot be reached or has no such repository.
     """
     folder = Path(path)
     if folder.suffix in PICKLES and not folder.is_dir():
@@ -72,7 +75,7 @@ def local_folder(path: str | Path) -> Path:
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder, and not the form owner/name of a repository on the hub")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=SHARED))
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(
@@ -82,35 +85,38 @@ def local_folder(path: str | Path) -> Path:
 
 
 def adapter_sources(folder: Path) -> dict[str | None, Path]:
-    """{part: folder in peft's format} of a run or a checkpoint; {None: folder} of one in peft's format itself.
+    """The folders in peft's format that a folder holds: {part: folder}, or {None: folder} if it is one itself.
 
     Raises:
         InputError: it holds no adapter.
     """
-    found = {part: folder / part for part in PARTS if (folder / part / ADAPTER_CONFIG).is_file()}
+    found: dict[str | None, Path] = {}
+    found |= {part: folder / part for part in ADAPTABLE_PARTS if (folder / part / ADAPTER_CONFIG).is_file()}
     if not found and (folder / ADAPTER_CONFIG).is_file():
         found = {None: folder}
     if not found:
         if (folder / "model_index.json").is_file():
             raise InputError(f"{folder}: is a whole pipeline, not an adapter; load it as the base")
         raise InputError(
-            f"{folder}: holds no adapter ({ADAPTER_CONFIG} in it, in {' or in '.join(PARTS)}); has the run ended?"
+            f"{folder}: holds no adapter ({ADAPTER_CONFIG} in it, in {' or in '.join(ADAPTABLE_PARTS)}); "
+            "has the run ended?"
         )
     return found
 
 
 def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str, Path]:
-    """{part: folder in peft's format} of what a path holds.
+    """The folders in peft's format that a folder holds, {part: folder}.
 
     Args:
-        modules: UNet and text encoder, by whose layers a folder without parts is told to be the one's or the other's.
+        modules: UNet and text encoder by part. A folder that is in peft's format itself belongs to the one of which it
+            adapts more layers.
 
     Raises:
-        InputError: no adapter, one that is not stored as safetensors or that cannot be given a strength, or one for a
-            part that is not among the modules.
+        InputError: the folder holds no adapter, or one that is not stored as safetensors, that cannot be given a
+            strength, or that is for a part which is not among the modules.
     """
-    found = adapter_sources(folder)
-    for source in found.values():
+    sources = adapter_sources(folder)
+    for source in sources.values():
         if not (source / ADAPTER_WEIGHTS).is_file():
             pickles = [p.name for p in source.iterdir() if p.suffix in PICKLES]
             if pickles:
@@ -121,7 +127,8 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
             raise InputError(f"{source}: has no {ADAPTER_WEIGHTS}; is it complete?")
         read_config(source)
         keys = read_tensors(source).keys()
-    if None in found:  # a bare folder says by its keys what it is for
+    found = {part: source for part, source in sources.items() if part is not None}
+    if not found:  # the keys in the folder say which part it is for
         layers = {split_key(key)[0] for key in keys}
         names = {part: {plain_name(name) for name, _ in module.named_modules()} for part, module in modules.items()}
         found = {max(names, key=lambda part: len(names[part] & layers)): folder}
@@ -131,25 +138,29 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run's folder, if this is one, or one of its checkpoints or parts."""
+    """The run's folder, if `folder` is one, or one of its checkpoints or parts; None = it is neither."""
     return next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
 
 
 def trained_on(folder: Path) -> str | None:
-    """The base that an adapter was trained on, as the run or peft has noted it; None = nobody has."""
+    """The name of the base that an adapter was trained on; None = neither the run nor peft has noted it."""
     if run := run_of(folder):
         return load_run_config(run).get("pretrained_model_name_or_path")
-    for place in (folder, *(folder / part for part in PARTS)):
+    for place in (folder, *(folder / part for part in ADAPTABLE_PARTS)):
         if (place / ADAPTER_CONFIG).is_file():
             return PeftConfig.from_pretrained(str(place)).base_model_name_or_path
     return None
 
 
 def check_same_base(present: str | None, trained_on: str | None, folder: Path) -> None:
-    """Refuse an adapter that was trained on another base. Where nobody has noted which, its shapes decide.
+    """Check that an adapter belongs to the base it is loaded on. If one of the names is unknown, nothing is checked.
+
+    Args:
+        present: name of the base; trained_on: of the one that the adapter was trained on.
+        folder: of the adapter, for the error.
 
     Raises:
-        InputError: with both names.
+        InputError: they are different models; names both.
     """
     if trained_on is None or present is None or _is_same_model(trained_on, present):
         return
@@ -160,13 +171,14 @@ def check_same_base(present: str | None, trained_on: str | None, folder: Path) -
 
 
 def _is_same_model(a: str, b: str) -> bool:
+    """Whether two names mean the same model: mirrors on the hub, or folders with the same weights."""
     a, b = (MIRRORS.get(name, name) for name in (a, b))
     if a == b:
         return True
     left, right = Path(a), Path(b)
     if not (left.is_dir() and right.is_dir()):
         return False
-    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in PARTS)
+    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in ADAPTABLE_PARTS)
 
 
 def _has_same_weights(left: Path, right: Path) -> bool:

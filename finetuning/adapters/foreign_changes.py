@@ -1,7 +1,7 @@
-"""What other programs do to a module that makes an adapter on it fail or have no effect, and is therefore refused.
+"""Checks for what other programs do to a module that would make an adapter on it fail or have no effect.
 
-Offloading by layer keeps a module's weights elsewhere, fused projections are copies of them, quantized and computed
-weights cannot be replaced, and adapters of other programs wrap the very layers that are to be adapted.
+Offloading by layer keeps a module's weights elsewhere, fused projections are copies of the weights, quantized and
+computed weights cannot be replaced, and adapters of other programs wrap the layers that are to be adapted.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetuning.errors import InputError
 
-GROUP_OFFLOADING = "group_offloading"  # diffusers' name of its hook
+GROUP_OFFLOADING = "group_offloading"  # name of diffusers' hook
 PLAIN_FORWARDS = (torch.nn.Linear.forward, torch.nn.Conv2d.forward)
 
 
 def plain_module(module: torch.nn.Module) -> torch.nn.Module:
-    """The module itself where torch.compile has put a wrapper around it."""
+    """The module that torch.compile has wrapped, or the module itself if it is not compiled."""
     return getattr(module, "_orig_mod", module)
 
 
 def check_weights_are_here(part: str, module: torch.nn.Module) -> None:
-    """Refuse a module whose weights are elsewhere, or whose layers are not the ones that compute.
+    """Check that a module's weights are in memory and that its forward pass uses them.
+
+    Args:
+        part: the module's name in the pipeline, for the error.
 
     Raises:
-        InputError: offloaded layer by layer or in groups, or with fused projections; says how to undo it.
+        InputError: it is offloaded layer by layer or in groups, or its projections are fused; says how to undo it.
     """
     if any(p.is_meta for p in module.parameters()):
         raise InputError(
@@ -50,10 +53,10 @@ def check_weights_are_here(part: str, module: torch.nn.Module) -> None:
 
 
 def check_no_foreign_adapter(part: str, module: torch.nn.Module) -> None:
-    """Refuse a module on which another program has put adapters.
+    """Check that no other program has put adapters on a module.
 
     Raises:
-        InputError: names the first such layer.
+        InputError: one has; names the first layer that carries one.
     """
     for name, child in module.named_modules():
         if isinstance(child, BaseTunerLayer):
@@ -65,13 +68,14 @@ def check_no_foreign_adapter(part: str, module: torch.nn.Module) -> None:
 
 
 def check_replaceable(part: str, module: torch.nn.Module, layers: dict[str, torch.nn.Module]) -> None:
-    """Refuse layers into whose weight an adapter cannot be computed.
+    """Check that the weights of layers can be replaced by those with an adapter.
 
     Args:
         layers: of the base, by their names in the module.
 
     Raises:
-        InputError: a weight that is quantized, computed at every look-up, or shared, or a forward of its own.
+        InputError: a weight is quantized, computed anew at every look-up, or shared with another layer, or the layer
+            has a forward pass of its own.
     """
     owners = Counter(id(w) for m in module.modules() if (w := m._parameters.get("weight")) is not None)
     for name, layer in layers.items():

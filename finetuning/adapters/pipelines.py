@@ -1,4 +1,4 @@
-"""Using what a run wrote: its adapters on a pipeline, their strengths, mixtures of them, and the base back again.
+"""Adapters on a pipeline: loading what a run wrote, setting strengths, mixing, merging, and restoring the base.
 
 pipeline = load_base("data/toyworld/base")
 load_adapter(pipeline, "data/output/dreambooth", strength=0.8)
@@ -11,16 +11,24 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from peft.utils import PeftType
 
-from finetuning.adapters.folder import PARTS, check_same_base, find_parts, load_run_config, local_folder, trained_on
-from finetuning.adapters.foreign_changes import plain_module
-from finetuning.adapters.in_place import InPlace
+from finetuning.adapters.folder import (
+    ADAPTABLE_PARTS,
+    check_same_base,
+    find_parts,
+    load_run_config,
+    local_folder,
+    trained_on,
+)
+from finetuning.adapters.foreign_changes import check_no_foreign_adapter, check_weights_are_here, plain_module
+from finetuning.adapters.module_adapters import ModuleAdapters
 from finetuning.adapters.stored import KINDS, read_adapter
 from finetuning.errors import InputError
 from finetuning.models.attention import choose_attention
@@ -36,8 +44,12 @@ def load_base(
 ) -> DiffusionPipeline:
     """A Stable Diffusion pipeline without a safety checker, ready to draw.
 
+    Args:
+        name: of a folder, or of a model on the Hugging Face Hub; revision, variant: which one of the model there.
+        device, dtype: of its modules.
+
     Raises:
-        InputError: not there, not reachable, incomplete, or not Stable Diffusion 1.x or 2.x.
+        InputError: the model does not exist, cannot be loaded, is incomplete, or is not Stable Diffusion 1.x or 2.x.
     """
     pipeline = load_stable_diffusion(name, revision, variant).pipeline().to(device, dtype)
     pipeline.register_to_config(_name_or_path=name)
@@ -46,7 +58,11 @@ def load_base(
 
 
 def load_run(run: Path) -> DiffusionPipeline:
-    """The pipeline that a run has trained: its base with the adapters it wrote, or the pipeline it wrote whole."""
+    """The pipeline that a run has trained: its base with the run's adapters or, after full training, the run's own.
+
+    Raises:
+        InputError: the folder is not a run's output, or the base or the adapters cannot be loaded.
+    """
     if (run / "model_index.json").is_file():
         return load_base(str(run))
     config = load_run_config(run)
@@ -67,21 +83,22 @@ def load_adapter(
 ) -> str:
     """Put a run's adapters (BOFT or LoRA) on UNet and text encoder, beside those that are there already.
 
-    They belong to UNet and text encoder themselves: another pipeline that uses the same UNet draws with them, too.
+    Adapters belong to the modules, not to the pipeline: another pipeline that uses the same UNet draws with them, too.
 
     Args:
         pipeline: Stable Diffusion 1.x or 2.x.
         path: a run's folder, one of its checkpoints, a folder in peft's format, or a name on the Hugging Face Hub.
-        strength: 0 = the base, exactly; 1 = as trained. BOFT turns by this share of its angles.
-        name: by which `set_strength` and `mix_adapters` know it. None = the folder's.
-        check_base: refuse an adapter that was trained on another base. False applies it to any base of its shape.
+        strength: 0 = the base, exactly; 1 = as trained. BOFT rotates by this multiple of its trained angles.
+        name: under which `set_strength` and `mix_adapters` know the adapter. None = the folder's name.
+        check_base: refuse an adapter that was trained on another base. False = apply it to any base of its shapes.
 
     Returns:
         The adapter's name.
 
     Raises:
-        InputError: no adapter there, a pickle file, another base, a variant that cannot be given a strength, a
-            pipeline that is offloaded by layer or fused, a strength that is no number. The pipeline is then as it was.
+        InputError: the path holds no adapter or a pickle file, the adapter was trained on another base or is of a
+            variant that cannot be given a strength, the pipeline is offloaded by layer or fused, or the strength is
+            not a finite number. The pipeline is then as it was.
     """
     strength = _number(strength, "strength")
     folder, modules = local_folder(path), _modules(pipeline)
@@ -91,16 +108,10 @@ def load_adapter(
         check_same_base(pipeline.name_or_path, its_base, folder)
     name = _new_name(name, Path(path), pipeline)
     stored = {part: read_adapter(source, modules[part]) for part, source in found.items()}
-    states = {part: InPlace.of(modules[part]) or InPlace(part, modules[part]) for part in found}
+    states = {part: ModuleAdapters.of(modules[part]) or ModuleAdapters(part, modules[part]) for part in found}
     for part, state in states.items():
         state.check_ready()
-        kind = stored[part].config.peft_type
-        if state.holder and state.kind != kind:
-            raise InputError(
-                f"{folder}: is {KINDS[kind]}, and the pipeline's {part} carries {KINDS[state.kind]}; the two "
-                "have no strengths side by side. Put one into the weights first (merge_adapter; or scripts/merge.py, "
-                "and its result as the base with --any_base), then load the other"
-            )
+        _check_same_kind(state, PeftType(stored[part].config.peft_type), folder)
     added = []
     try:
         for part, state in states.items():
@@ -120,11 +131,29 @@ def load_adapter(
     return name
 
 
+def _check_same_kind(state: ModuleAdapters, kind: PeftType, folder: Path) -> None:
+    """Check that a new adapter is of the same kind, BOFT or LoRA, as those that a module carries.
+
+    Args:
+        folder: of the new adapter, for the error.
+
+    Raises:
+        InputError: it is of the other kind.
+    """
+    if state.peft_model and state.kind != kind:
+        raise InputError(
+            f"{folder}: is {KINDS[kind]}, and the pipeline's {state.part} carries {KINDS[state.kind]}; the two "
+            "have no strengths side by side. Put one into the weights first (merge_adapter; or scripts/merge.py, "
+            "and its result as the base with --any_base), then load the other"
+        )
+
+
 def set_strength(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]) -> None:
     """Set the strength of all adapters, or {name: strength} of some, without loading anything again.
 
     Raises:
-        InputError: not a number, no such adapter, or a pipeline that somebody has changed since, see `InPlace.check`.
+        InputError: a strength is not a finite number, the pipeline has no such adapter, or another program has changed
+            its modules since the strengths were set, see `ModuleAdapters.check`.
     """
     states = adapted_parts(pipeline).values()
     there = _names(pipeline)
@@ -139,11 +168,11 @@ def set_strength(pipeline: DiffusionPipeline, strength: float | Mapping[str, flo
 
 
 def get_strengths(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """The adapters on a pipeline and their strengths.
+    """The strengths of all adapters on a pipeline, by name.
 
     Raises:
-        InputError: UNet and text encoder have an adapter at different strengths, which another pipeline with one of
-            them has set.
+        InputError: an adapter has different strengths on UNet and text encoder, because another pipeline shares one of
+            the two and has set its strength.
     """
     strengths: dict[str, float] = {}
     for part, state in adapted_parts(pipeline).items():
@@ -157,13 +186,17 @@ def get_strengths(pipeline: DiffusionPipeline) -> dict[str, float]:
 
 
 def mix_adapters(pipeline: DiffusionPipeline, weights: Mapping[str, float], name: str) -> None:
-    """Add an adapter that is a weighted combination of others, and leave it alone at work.
+    """Add an adapter that is a weighted combination of others, with strength 1, and set all others to 0.
 
     BOFT is combined in the Lie algebra of rotations, so that the result is again orthogonal; LoRA's updates are added.
     In both, trained biases shift by the weighted sum.
 
+    Args:
+        weights: {name of an adapter: finite number}.
+        name: of the new adapter.
+
     Raises:
-        InputError: no such adapter, shapes that cannot be combined, or as `set_strength`.
+        InputError: the pipeline has no such adapter, their shapes cannot be combined, or as `set_strength`.
     """
     _check_known("mixture of", weights, _names(pipeline))
     if not weights:
@@ -188,37 +221,37 @@ def mix_adapters(pipeline: DiffusionPipeline, weights: Mapping[str, float], name
 
 
 def unload_adapter(pipeline: DiffusionPipeline) -> None:
-    """Take all adapters off: the base's own layers and tensors, untouched.
+    """Take all adapters off; the base's own weights and biases are then back, bit for bit.
 
     Raises:
         InputError: as `set_strength`.
     """
-    set_strength(pipeline, 0.0)  # which brings weights and biases back
+    set_strength(pipeline, 0.0)  # puts the base's weights and biases back
     for state in adapted_parts(pipeline).values():
-        state.leave()
+        state.detach()
 
 
 def merge_adapter(pipeline: DiffusionPipeline) -> None:
-    """Leave all adapters at their strengths in the weights, for good; the pipeline then carries none.
+    """Keep the adapters' changes, at their strengths, in the weights for good; the pipeline then carries no adapter.
 
-    Computed in float32, then rounded to the base's precision.
+    Merged weights are computed in float32 and rounded to the base's dtype.
 
     Raises:
-        InputError: a weight would not be finite, or as `set_strength`; nothing is merged.
+        InputError: a weight would not be finite, or as `set_strength`. Nothing is merged.
     """
     states = adapted_parts(pipeline)
     for part, state in states.items():
         state.check()
-        for name in state.weights:
+        for name in state.base_weights:
             if not torch.isfinite(state.base_layer(name).weight).all():
                 raise InputError(f"{part}.{name}: the merged weight is not finite; give a smaller strength")
     for state in states.values():
-        state.leave()
+        state.detach()
 
 
 @contextmanager
-def strengths(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]):
-    """Other strengths, for as long as the block lasts."""
+def strengths(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]) -> Iterator[None]:
+    """Set other strengths for as long as the block lasts, see `set_strength`."""
     before = {part: dict(state.strengths) for part, state in adapted_parts(pipeline).items()}
     set_strength(pipeline, strength)
     try:
@@ -228,15 +261,26 @@ def strengths(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]
             state.set_strengths({**state.strengths, **before.get(part, {})})
 
 
-def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, InPlace]:
-    """What UNet and text encoder of a pipeline carry, where they do, whichever pipeline has put it there."""
-    found = {part: InPlace.of(module) for part, module in _modules(pipeline).items()}
+def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, ModuleAdapters]:
+    """{part: adapters} of UNet and text encoder, for those that carry adapters, whichever pipeline has added them."""
+    found = {part: ModuleAdapters.of(module) for part, module in _modules(pipeline).items()}
     return {part: state for part, state in found.items() if state is not None}
 
 
+def check_nothing_foreign(pipeline: DiffusionPipeline) -> None:
+    """Check that a pipeline carries nothing of other programs that would be lost when it is written.
+
+    Raises:
+        InputError: UNet or text encoder carry another program's adapter, or are offloaded by layer or fused.
+    """
+    for part, module in _modules(pipeline).items():
+        check_weights_are_here(part, module)
+        check_no_foreign_adapter(part, module)
+
+
 def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """UNet and text encoder, those that are there, without wrappers of torch.compile."""
-    found = {part: getattr(pipeline, part, None) for part in PARTS}
+    """UNet and text encoder, as far as the pipeline has them, without the wrappers of torch.compile."""
+    found = {part: getattr(pipeline, part, None) for part in ADAPTABLE_PARTS}
     return {part: plain_module(module) for part, module in found.items() if module is not None}
 
 
@@ -256,10 +300,10 @@ def _check_known(what: str, given: Mapping[str, float], there: list[str]) -> Non
 
 
 def _new_name(name: str | None, folder: Path, pipeline: DiffusionPipeline) -> str:
-    """A name that peft can use; None = the folder's, with a number if it is taken.
+    """A name for a new adapter that peft can use. None = the folder's, with a number behind it if it is taken.
 
     Raises:
-        InputError: taken, or not usable.
+        InputError: the name is taken, or peft cannot use it.
     """
     taken = _names(pipeline)
     if name is None:
@@ -279,6 +323,14 @@ def _is_attribute(name: str) -> bool:
 
 
 def _number(value: object, what: str) -> float:
+    """A strength or weight as a float.
+
+    Args:
+        what: names the value in the error.
+
+    Raises:
+        InputError: it is not a finite number.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise InputError(f"{what}={value!r}: must be a finite number; 0 = the base, 1 = as trained")
     return float(value)

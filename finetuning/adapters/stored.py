@@ -1,7 +1,7 @@
-"""Reading one adapter in peft's format: its tensors under the names of the module that it is for, and its settings.
+"""Reading one adapter in peft's format: its settings, and its tensors under the names of the module that it is for.
 
-Names differ between programs: text encoders of transformers 4 say `text_model.` where those of 5 do not, and modules
-that torch.compile has wrapped say `_orig_mod.`. What is more than a rotation or a product of two matrices is refused.
+Names of layers differ: those of text encoders begin with `text_model.` in transformers 4 and not in 5, and
+torch.compile inserts `_orig_mod.`. Adapters that are more than a rotation or a product of two matrices are refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -23,16 +24,16 @@ from finetuning.errors import InputError
 ADAPTER_CONFIG = "adapter_config.json"
 KINDS = {PeftType.BOFT: "BOFT", PeftType.LORA: "LoRA"}
 PREFIX = "base_model.model."
-LARGEST = 1e8  # far above what training leaves; powers of it are still finite
-# Settings of LoRA with which the layer is W + scale · B A all the same, or that concern training alone.
+LARGEST = 1e8  # absolute value of a number in an adapter: far above what training gives, and its powers are finite
+# Settings of LoRA that leave the layer W + scale · B A, or that concern training alone.
 PLAIN_LORA = {
     "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias", "init_lora_weights",
     "inference_mode", "revision", "base_model_name_or_path", "peft_type", "peft_version", "task_type", "auto_mapping",
     "eva_config", "megatron_core", "runtime_config",
 }  # fmt: skip
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # which leave the base as it is
-TITLES = {
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that do not change the base
+TITLES = {  # of settings, for messages
     "use_dora": "DoRA",
     "lora_bias": "LoRA with biases of its own",
     "modules_to_save": "replaces whole modules",
@@ -42,7 +43,7 @@ TITLES = {
     "layer_replication": "replicated layers",
     "use_qalora": "QALoRA",
 }
-TENSORS = {
+TENSORS = {  # parts of tensors' names, and what they are of
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "LoRA on an embedding",
     "lora_B.bias": "LoRA with biases of its own (lora_bias)",
@@ -53,10 +54,12 @@ TENSORS = {
 
 @dataclass
 class StoredAdapter:
-    """An adapter as it lies in a folder, under the names of a module.
+    """An adapter as it is stored in a folder, with the names of the module that it is for.
 
     Attributes:
-        config: peft's; tensors: {layer.boft_R: …}, with peft's prefix; biases: {layer: trained bias}.
+        config: its settings, as peft keeps them.
+        tensors: of peft's layers, under peft's names, e.g. base_model.model.(layer).boft_R.
+        biases: {layer: trained bias}.
     """
 
     config: PeftConfig
@@ -65,12 +68,16 @@ class StoredAdapter:
 
 
 def read_adapter(source: Path, module: torch.nn.Module) -> StoredAdapter:
-    """An adapter with its names as `module` has them; names that it lacks stay, and do not fit.
+    """Read an adapter, with the names that its layers have in `module`. Names that the module lacks are kept.
+
+    Args:
+        source: a folder in peft's format.
 
     Raises:
-        InputError: unreadable, or of a kind that cannot be given a strength; names the setting.
+        InputError: it cannot be read, or is of a kind that cannot be given a strength; names the setting.
     """
-    config, stored = read_config(source), read_tensors(source)
+    config: Any = read_config(source)  # of BOFT or LoRA
+    stored = read_tensors(source)
     actual = {plain_name(name): name for name, _ in module.named_modules()}
     tensors, biases = {}, {}
     for key, tensor in stored.items():
@@ -92,7 +99,7 @@ def read_tensors(source: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder in peft's format, under the names that they have there.
 
     Raises:
-        InputError: unreadable, or more than a rotation or two matrices.
+        InputError: they cannot be read, are damaged, or belong to more than a rotation or a product of two matrices.
     """
     path = source / ADAPTER_WEIGHTS
     try:
@@ -107,10 +114,10 @@ def read_tensors(source: Path) -> dict[str, torch.Tensor]:
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse what no training leaves: none at all, or numbers that cannot be computed with.
+    """Check that there are tensors and that their numbers are finite and not above LARGEST.
 
     Raises:
-        InputError: with the name of the tensor.
+        InputError: they are not; names the first such tensor.
     """
     if not tensors:
         raise InputError(f"{path}: holds no tensors; is it complete?")
@@ -123,7 +130,8 @@ def read_config(source: Path) -> PeftConfig:
     """The settings of a folder in peft's format.
 
     Raises:
-        InputError: unreadable, another method, or a variant of LoRA that is more than the product of two matrices.
+        InputError: they cannot be read, are of another method than BOFT and LoRA, or of a variant of LoRA that is more
+            than the product of two matrices.
     """
     try:
         given = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -142,6 +150,7 @@ def read_config(source: Path) -> PeftConfig:
 
 
 def _check_plain_lora(source: Path, given: Mapping[str, object]) -> None:
+    """Raises InputError unless a LoRA's settings say that it adds a product of two matrices to an unchanged base."""
     if (start := given.get("init_lora_weights", True)) not in PLAIN_STARTS:
         raise InputError(
             f"{source}: init_lora_weights={start!r} has changed the base before training, so that neither strength 0 "
@@ -169,7 +178,7 @@ def _refusal(source: Path, what: str, where: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A module's name without what compiling and versions of libraries put into it."""
+    """A module's name without `_orig_mod`, peft's prefix, and `text_model` at its beginning."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     if parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
@@ -177,15 +186,19 @@ def plain_name(name: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The plain name of the layer that a tensor belongs to, and what the tensor is: boft_R, lora_A.weight, bias …"""
+    """The plain name of the layer that a tensor belongs to, and the tensor's name in it: boft_R, lora_A.weight …"""
     if found := re.search(r"\.(boft_|lora_)", key):
         return plain_name(key[: found.start()]), key[found.start() + 1 :]
     layer, _, tail = key.rpartition(".")
     return plain_name(layer.removesuffix(".base_layer")), tail
 
 
-def _renamed(given: str | Iterable[str] | Mapping[str, object], actual: Mapping[str, str]):
-    """Names, endings or a pattern of names in a configuration, as the module has them."""
+def _renamed(given: str | Iterable[str] | Mapping[str, object], actual: Mapping[str, str]) -> Any:
+    """Names, endings or a pattern of names in a configuration, translated to those that the module has.
+
+    Args:
+        actual: {plain name: name in the module}.
+    """
     if isinstance(given, str):
         return _matching(given, actual)
     names = {name: actual.get(plain_name(name), name.replace("_orig_mod.", "")) for name in given}
@@ -195,7 +208,7 @@ def _renamed(given: str | Iterable[str] | Mapping[str, object], actual: Mapping[
 
 
 def _matching(pattern: str, actual: Mapping[str, str]) -> str | set[str]:
-    """The pattern itself if it matches a name here, else the names that it would match under other programs' names."""
+    """The pattern itself if it matches a name of the module, else the names that it matches as others write them."""
     if any(re.fullmatch(pattern, name) for name in actual.values()):
         return pattern
     starts = ("", "text_model.", "_orig_mod.")

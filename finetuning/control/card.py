@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.files import write
-from finetuning.publishing.model_card import facts_of, front_matter, licence_section
+from finetuning.publishing.model_card import front_matter, licence_section, parameter_rows
 from finetuning.run_folder import CARD
 from finetuning.settings.control import ControlNetConfig
 from finetuning.training.training import Training
@@ -36,7 +36,7 @@ _DRAW = """pipeline("a prompt", image=control, controlnet_conditioning_scale=1.0
 
 def write_card(folder: Path, config: ControlNetConfig, base: str, training: Training, picture: Path) -> None:
     """What was trained, on what, how to use it. base: name of the base model; picture: of held-out controls."""
-    facts = facts_of(config, numbers=training.count(), steps=training.number, batch=training.total_batch)
+    facts = parameter_rows(config, numbers=training.count(), steps=training.number, batch=training.total_batch)
     card = control_card(
         base=base,
         folder=str(folder),

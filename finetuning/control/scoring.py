@@ -26,7 +26,7 @@ from finetuning.evaluation.score_table import as_json, write, write_table
 from finetuning.files import save_picture
 from finetuning.pictures.gallery import RECORD, Gallery, weights_of
 from finetuning.pictures.grid import grid
-from finetuning.run.run import DTYPES
+from finetuning.run.processes import DTYPES
 from finetuning.run_folder import CONFIG
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.reading import read_config

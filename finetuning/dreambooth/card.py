@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetuning.files import write
-from finetuning.publishing.model_card import facts_of, model_card
+from finetuning.publishing.model_card import model_card, parameter_rows
 from finetuning.run_folder import CARD
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.training.training import Training
@@ -21,7 +21,7 @@ def write_card(folder: Path, config: DreamBoothConfig, base: str, training: Trai
         prompt=config.subject.instance_prompt,
         facts={
             "method": config.adapter.kind,
-            **facts_of(config, numbers=training.count(), steps=training.number, batch=training.total_batch),
+            **parameter_rows(config, numbers=training.count(), steps=training.number, batch=training.total_batch),
         },
         picture=picture and picture.name,
         prompts=config.validation.validation_prompt,

@@ -16,7 +16,7 @@ from finetuning.errors import InputError
 from finetuning.evaluation.score_table import as_json, write, write_table
 from finetuning.files import save_picture
 from finetuning.pictures.gallery import Gallery, weights_of
-from finetuning.run.run import DTYPES
+from finetuning.run.processes import DTYPES
 from finetuning.run_folder import CONFIG
 
 

@@ -1,5 +1,7 @@
-"""Names of the original Stable Diffusion checkpoints (CompVis, Stability AI: 1.x and 2.x) for diffusers' and
-transformers' weights: one file that other programs read, and `from_single_file` reads back."""
+"""The original layout of Stable Diffusion checkpoints (CompVis, Stability AI: 1.x and 2.x), for diffusers' weights.
+
+Other programs read such files, and diffusers' `from_single_file` reads them back. Diffusers itself can only read them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from finetuning.errors import InputError
 
+Units = dict[str, tuple[str, Mapping[str, str]]]
+"""{diffusers' name of a unit: (its original name, {layer inside it: its original name})}"""
 UNET, VAE = "model.diffusion_model", "first_stage_model"
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model", "cond_stage_model.model"
 
@@ -46,13 +50,15 @@ def original_layout(
     vae_config: Mapping[str, Any],
     hidden_act: str,
 ) -> dict[str, Tensor]:
-    """The state dicts of a pipeline's parts as one, under the original names.
+    """Join the state dicts of a pipeline's parts into one, under the original names.
 
     Args:
-        hidden_act: of the text encoder; quick_gelu = OpenAI's CLIP (1.x), gelu = OpenCLIP (2.x).
+        unet, vae, text_encoder: state dicts.
+        unet_config, vae_config: diffusers' configurations.
+        hidden_act: activation of the text encoder; quick_gelu = OpenAI's CLIP (1.x), gelu = OpenCLIP (2.x).
 
     Raises:
-        InputError: the model has a part that the layout has no name for.
+        InputError: the layout has no name for something in the model.
     """
     units = unet_units(unet_config)
     tensors = {f"{UNET}.{rename(key, units)}": tensor for key, tensor in unet.items()}
@@ -63,7 +69,7 @@ def original_layout(
             tensor = tensor[:, :, None, None]  # the original writes these projections as 1 × 1 convolutions
         tensors[f"{VAE}.{name}"] = tensor
     text = {key.removeprefix("text_model."): tensor for key, tensor in text_encoder.items()}
-    text.pop("embeddings.position_ids", None)  # counts from 0, is made anew
+    text.pop("embeddings.position_ids", None)  # 0, 1, 2 …, which readers make themselves
     if hidden_act == "quick_gelu":
         tensors |= {f"{CLIP}.{key}": tensor for key, tensor in text.items()}
     elif hidden_act == "gelu":
@@ -73,14 +79,14 @@ def original_layout(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def unet_units(config: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """{diffusers' name of a unit: (its original name, names inside it)}, for a UNet's configuration.
+def unet_units(config: Mapping[str, Any]) -> Units:
+    """The names of a UNet's units, by its configuration.
 
-    Where diffusers has blocks of a level, the original counts residual blocks with their attention, and what resizes,
-    in one row, `input_blocks`; and likewise on the way up, `output_blocks`.
+    Diffusers has one block for each level. The original counts all residual blocks (each with its attention) and all
+    layers that resize in one list: `input_blocks` on the way down, `output_blocks` on the way up.
 
     Raises:
-        InputError: not the UNet of Stable Diffusion 1.x or 2.x.
+        InputError: it is not the UNet of Stable Diffusion 1.x or 2.x.
     """
     down, up, n = config["down_block_types"], config["up_block_types"], config["layers_per_block"]
     known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
@@ -89,7 +95,7 @@ def unet_units(config: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, s
     if odd or extra or not isinstance(n, int):
         what = ", ".join([*sorted(odd), *extra]) or f"layers_per_block={n}"
         raise InputError(f"the UNet has {what}: the layout of Stable Diffusion 1.x and 2.x has no names for it")
-    units = {
+    units: Units = {
         "time_embedding.linear_1": ("time_embed.0", {}),
         "time_embedding.linear_2": ("time_embed.2", {}),
         "conv_in": ("input_blocks.0.0", {}),
@@ -121,11 +127,11 @@ def unet_units(config: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, s
     return units
 
 
-def vae_units(config: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """As `unet_units`, for the autoencoder. The original counts the decoder's levels from the image."""
+def vae_units(config: Mapping[str, Any]) -> Units:
+    """The names of the autoencoder's units. The original counts the levels of the decoder from the image's side on."""
     levels, n = len(config["down_block_types"]), config["layers_per_block"]
     inside = {"conv_shortcut": "nin_shortcut"}
-    units = {f"{name}quant_conv": (f"{name}quant_conv", {}) for name in ("", "post_")}
+    units: Units = {f"{name}quant_conv": (f"{name}quant_conv", {}) for name in ("", "post_")}
     for coder in ("encoder", "decoder"):
         units |= {
             f"{coder}.conv_in": (f"{coder}.conv_in", {}),
@@ -144,11 +150,11 @@ def vae_units(config: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, st
     return units
 
 
-def rename(key: str, units: Mapping[str, tuple[str, Mapping[str, str]]]) -> str:
+def rename(key: str, units: Units) -> str:
     """The original name of a weight.
 
     Raises:
-        InputError: there is none.
+        InputError: the layout has none.
     """
     parts = key.split(".")
     for length in range(len(parts) - 1, 0, -1):
@@ -162,10 +168,10 @@ def rename(key: str, units: Mapping[str, tuple[str, Mapping[str, str]]]) -> str:
 
 
 def open_clip(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's names for a text encoder of transformers; it keeps q, k and v of a layer in one matrix.
+    """The state dict of a text encoder of transformers in OpenCLIP's layout, which joins q, k and v of a layer.
 
     Raises:
-        InputError: a weight that it has no name for.
+        InputError: the layout has no name for a weight.
     """
     tensors = {}
     for key, tensor in text.items():

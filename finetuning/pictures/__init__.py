@@ -1,1 +1,1 @@
-"""Pictures from a pipeline, and grids of them."""
+"""Drawing pictures with a pipeline, keeping them in folders, and arranging them in grids."""

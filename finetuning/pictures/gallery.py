@@ -1,6 +1,6 @@
-"""Pictures to be scored: so many of each prompt in one folder, made one by one, so that an interrupted run goes on.
+"""Folders of pictures that are to be scored, several of each prompt; only those that are missing are drawn.
 
-Picture k of prompt p is 007-2.png (p = 7, k = 2); its noise depends on (seed, p, k) alone, never on the batch.
+Picture k of prompt p has the file name p-k, e.g. 007-2.png; its noise depends on (seed, p, k) alone, not on the batch.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from finetuning.dataset.stream import find_images, open_image
 from finetuning.errors import InputError
 from finetuning.files import save_picture, write
 from finetuning.randomness import generator
+from finetuning.run_folder import WEIGHT_FOLDERS
 
 RECORD = "record.json"
-PARTS = ("unet", "text_encoder", "hint_encoder", ".")  # where a run has weights; a ControlNet lies at its root
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of prompts.
+    """A folder of pictures.
 
     Attributes:
-        folder: where they lie; prompts: what was asked; each: pictures of each prompt.
+        folder: of the PNG files; it need not exist yet.
+        prompts: what the pictures are drawn from.
+        each: how many pictures there are of each prompt.
     """
 
     folder: Path
@@ -39,24 +41,30 @@ class Gallery:
     each: int
 
     def path(self, prompt: int, k: int) -> Path:
+        """The file of picture k of a prompt, given by its index."""
         return self.folder / f"{prompt:03d}-{k}.png"
 
     def places(self) -> list[tuple[int, int]]:
-        """(index of the prompt, number of its picture), in order."""
+        """(index of the prompt, number of its picture) of all pictures, in order."""
         return [(p, k) for p in range(len(self.prompts)) for k in range(self.each)]
 
     def missing(self) -> list[tuple[int, int]]:
+        """Those of `places` that have no picture yet."""
         return [place for place in self.places() if not self.path(*place).is_file()]
 
     def images(self) -> list[Image.Image]:
-        """All of them in the order of `places`."""
+        """All pictures, in the order of `places`."""
         return [open_image(self.path(*place)) for place in self.places()]
 
     def begin(self, record: dict[str, Any], overwrite: bool = False) -> None:
-        """Note how the pictures are made; pictures that were made otherwise are refused or removed.
+        """Note in the folder how its pictures are made.
+
+        Args:
+            record: everything that decides how they look, as JSON.
+            overwrite: remove pictures that were made in another way.
 
         Raises:
-            InputError: naming what differs.
+            InputError: the folder has pictures that were made in another way; names what differs.
         """
         path, record = self.folder / RECORD, {"prompts": list(self.prompts), "each": self.each, **record}
         try:
@@ -75,7 +83,7 @@ class Gallery:
             for old in self.folder.glob("*.png"):
                 old.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # others may be reading it
+        write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # another process may be reading it
 
     def generate(
         self,
@@ -91,9 +99,17 @@ class Gallery:
         control: Mapping[str, Any] = MappingProxyType({}),
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Make the pictures that are missing; `advance` is told how many were made.
+        """Draw the pictures that are missing.
 
-        conditions: of a pipeline that draws by controls, one for each prompt; control: its further arguments.
+        Args:
+            pipeline: of diffusers.
+            seed: decides the noise, together with the place of a picture.
+            resolution: side in pixels.
+            steps, guidance_scale: of the denoising.
+            batch_size: how many pictures are drawn at a time.
+            precision: of the arithmetic.
+            conditions: one for each prompt, for a pipeline that draws by controls; control: its further arguments.
+            advance: is told after each batch how many pictures were drawn.
         """
         pipeline.set_progress_bar_config(disable=True)
         missing = self.missing()
@@ -116,13 +132,16 @@ class Gallery:
 
 
 def read_gallery(folder: Path, prompts: Sequence[str], flag: str) -> tuple[list[Image.Image], int]:
-    """Pictures made elsewhere, in the order of their names: those of the first prompt, then of the second, and so on.
+    """Read pictures that other programs have drawn. Sorted by name, all of the first prompt come before the second's.
+
+    Args:
+        flag: which names the folder, for the error.
 
     Returns:
-        The pictures, and how many each prompt has.
+        The pictures, and how many there are of each prompt.
 
     Raises:
-        InputError: no pictures, a number that the prompts do not divide, or different sizes.
+        InputError: there are no pictures, not equally many of each prompt, or pictures of different sizes.
     """
     paths = find_images(folder, flag)
     each, rest = divmod(len(paths), len(prompts))
@@ -143,9 +162,9 @@ def read_gallery(folder: Path, prompts: Sequence[str], flag: str) -> tuple[list[
 
 
 def weights_of(run: Path) -> str:
-    """A short hash of what a run has trained."""
+    """A hash of the weights that a run has trained, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(path for part in PARTS for path in (run / part).glob("*.safetensors")):
+    for path in sorted(path for name in WEIGHT_FOLDERS for path in (run / name).glob("*.safetensors")):
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)

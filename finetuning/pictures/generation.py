@@ -1,4 +1,4 @@
-"""Pictures of a pipeline as a user asks for them: prompts, seeds, scheduler; each PNG says how it was made."""
+"""Drawing pictures that a user asks for, by prompt, seed and scheduler, into PNG files that say how they were made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import diffusers
 import torch
@@ -16,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from finetuning.errors import InputError
 
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # {name: (class in diffusers, options)}
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -30,14 +31,14 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class PictureOrder:
-    """One picture.
+    """One picture that is wanted.
 
     Attributes:
-        prompt, negative_prompt: what to show and what not.
-        seed: decides the noise, whatever else is in the batch.
+        prompt, negative_prompt: what the picture should show, and what it should not.
+        seed: decides the noise, whatever else is drawn in the same batch.
         steps, guidance_scale: of the denoising.
         size: side in pixels.
-        control: file of a control image, for a pipeline that draws by one; control_scale: its strength.
+        control: file of a control image, for a pipeline that draws by one; control_scale: strength of the control.
     """
 
     prompt: str
@@ -51,7 +52,11 @@ class PictureOrder:
 
 
 def choose_scheduler(pipeline: DiffusionPipeline, name: str | None) -> SchedulerMixin:
-    """One of SCHEDULERS with the model's own noise schedule and prediction type; None = the model's own sampler."""
+    """A scheduler that samples with the model's own noise schedule and prediction type.
+
+    Args:
+        name: one of SCHEDULERS. None = the pipeline's own scheduler.
+    """
     if name is None:
         return pipeline.scheduler
     kind, options = SCHEDULERS[name]
@@ -59,7 +64,11 @@ def choose_scheduler(pipeline: DiffusionPipeline, name: str | None) -> Scheduler
 
 
 def check_size(size: int, pipeline: DiffusionPipeline) -> None:
-    """Raises InputError if the UNet cannot halve the picture as often as it must."""
+    """Check that a side in pixels is one that the VAE and all levels of the UNet can halve.
+
+    Raises:
+        InputError: it is not; names a size near it.
+    """
     multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if size % multiple:
         near = max(multiple, round(size / multiple) * multiple)
@@ -72,11 +81,13 @@ def draw(
     batch_size: int = 8,
     controls: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[Image.Image]:
-    """The picture of each order, as many at a time as have settings in common.
+    """Draw the picture of each order. Orders that differ only in prompt and seed are drawn in common batches.
 
-    The noise of a picture comes from its seed alone; pictures of different batch sizes differ by rounding.
+    The noise of a picture comes from its seed alone. In batches of another size a picture differs by rounding.
 
-    controls: {file: control image as the pipeline takes it}, for orders that name one.
+    Args:
+        batch_size: pictures at a time, at most.
+        controls: {file: control image as the pipeline takes it}, of all files that orders name.
     """
     pictures: dict[int, Image.Image] = {}
     alike: dict[tuple, list[int]] = {}
@@ -114,10 +125,13 @@ def save_with_parameters(
     adapters: Mapping[str, float],
     mixed: bool = False,
 ) -> None:
-    """A PNG with two text chunks: `parameters` as web interfaces read it, and `generation`, the same as JSON.
+    """Write a PNG with two text chunks: `parameters`, as web interfaces read it, and `generation`, the same as JSON.
 
     Args:
-        adapters: {path: strength} of those at work; mixed: into one by `mix_adapters`, with these weights.
+        order: what was drawn.
+        base: name of the base model; scheduler: name of the scheduler.
+        adapters: {path: strength} of the adapters that were active.
+        mixed: whether `mix_adapters` has made one of them, with the strengths as weights.
     """
     line = (
         f"{order.prompt}\nNegative prompt: {order.negative_prompt}\nSteps: {order.steps}, Sampler: {scheduler}, "
@@ -134,6 +148,6 @@ def save_with_parameters(
 
 
 def read_parameters(path: Path) -> dict:
-    """What `save_with_parameters` wrote into a PNG; {} for another's."""
+    """What `save_with_parameters` has noted in a PNG; empty for a PNG of another program."""
     with Image.open(path) as picture:
         return json.loads(getattr(picture, "text", {}).get("generation", "{}"))

@@ -1,4 +1,4 @@
-"""Grids of images with captions, drawn by Pillow with the font that it carries."""
+"""Grids of images with captions, drawn by Pillow with its own font (diffusers' make_image_grid has no captions)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 192  # shown side of an image in pixels, at least; small images are enlarged
-GAP = 6
-MARGIN = 18
+CELL = 192  # smallest side of an image in the grid, in pixels; smaller images are enlarged
+GAP = 6  # between cells, in pixels
+MARGIN = 18  # around the grid, in pixels
 INK, PALE, PAPER = "#1f2328", "#6a737d", "#ffffff"
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def grid(
@@ -24,8 +25,10 @@ def grid(
     """Rows of equally large images, a caption above each column and to the left of each row, photos in a strip on top.
 
     Args:
-        rows: at least one, each with at least one image; columns, captions: texts, or none.
-        photos: shown smaller, above all; photo_caption: to their left.
+        rows: at least one, each with at least one image.
+        columns, captions: a text for each column and for each row, or none. In a caption, what follows the first
+            newline is pale.
+        photos: are shown at half the size; photo_caption: is shown to their left.
     """
     cell = _shown_side(rows[0][0].size)
     small = cell // 2
@@ -41,7 +44,7 @@ def grid(
     draw = ImageDraw.Draw(picture)
 
     for i, photo in enumerate(photos):
-        picture.paste(_enlarge(photo, small), (left + i * (small + GAP), MARGIN))
+        picture.paste(_resized(photo, small), (left + i * (small + GAP), MARGIN))
     if photo_caption:
         _write(draw, (MARGIN, MARGIN + small // 2), photo_caption, font, left - 2 * MARGIN)
     for x, text in enumerate(heading):
@@ -51,21 +54,22 @@ def grid(
         if y < len(captions):
             _write(draw, (MARGIN, top + y * (cell + GAP) + cell // 2), captions[y], font, left - 2 * MARGIN)
         for x, image in enumerate(row):
-            picture.paste(_enlarge(image, cell), (left + x * (cell + GAP), top + y * (cell + GAP)))
+            picture.paste(_resized(image, cell), (left + x * (cell + GAP), top + y * (cell + GAP)))
     return picture
 
 
 def _shown_side(size: tuple[int, int]) -> int:
+    """The side of a cell in pixels: small images are enlarged by a whole factor, and large ones are reduced."""
     side = max(size)
     return side * -(-CELL // side) if side < CELL else min(side, 2 * CELL)
 
 
-def _enlarge(image: Image.Image, side: int) -> Image.Image:
+def _resized(image: Image.Image, side: int) -> Image.Image:
     return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, font, width: int) -> None:
-    """Text of a row: lines after the first, divided from it by a newline, are pale."""
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, font: Font, width: int) -> None:
+    """Write the caption of a row, centred around `place` in height; what follows the first newline is pale."""
     title, _, detail = text.partition("\n")
     title, detail = _wrap(title, font, width), _wrap(detail, font, width)
     x, y = place[0], place[1] - (_height(title, font) + (_height(detail, font) + GAP if detail else 0)) // 2
@@ -74,9 +78,10 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, font, w
         draw.multiline_text((x, y + _height(title, font) + GAP), detail, fill=PALE, font=font)
 
 
-def _wrap(text: str, font, width: int) -> str:
+def _wrap(text: str, font: Font, width: int) -> str:
+    """Break a text into lines that are at most `width` pixels wide, as far as its words are."""
     lines = [""]
-    for word in re.split(r"(?<=[ +-])", " ".join(text.split())):  # a line may end after a hyphen or plus, too
+    for word in re.split(r"(?<=[ +-])", " ".join(text.split())):  # a line may also end after a hyphen or a plus
         if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
             lines.append(word)
         else:
@@ -84,7 +89,8 @@ def _wrap(text: str, font, width: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _height(text: str, font) -> int:
+def _height(text: str, font: Font) -> int:
+    """The height of a text in pixels."""
     if not text:
         return 0
     box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)

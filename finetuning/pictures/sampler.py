@@ -1,9 +1,9 @@
-"""Pictures from prompts: batched, seeded one by one, with the modules that are in memory."""
+"""Drawing pictures from prompts with the modules that are being trained: in batches, each with noise of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,14 @@ from finetuning.randomness import normal
 
 @dataclass
 class Sampler:
-    """How pictures are made.
+    """A model and how it draws pictures.
 
     Attributes:
-        base: the model, with whatever adapter it carries.
-        resolution: side in pixels; steps, guidance_scale: of the denoising; batch_size: images at a time.
-        precision: of the arithmetic, torch.float32 = plain.
+        base: the model, with the adapter that it carries.
+        resolution: side in pixels.
+        steps, guidance_scale: of the denoising.
+        batch_size: how many pictures are drawn at a time.
+        precision: of the arithmetic; torch.float32 = no autocast.
     """
 
     base: Family
@@ -36,37 +38,42 @@ class Sampler:
     precision: torch.dtype = torch.float32
 
     def of(self, base: Family) -> Sampler:
-        """The same for another model."""
+        """The same sampler for another model."""
         return replace(self, base=base)
 
     def pipeline(self) -> DiffusionPipeline:
-        """What draws."""
+        """The pipeline that draws."""
         return self.base.pipeline()
 
     def modules(self) -> list[torch.nn.Module]:
-        """What takes part in drawing."""
+        """The modules that take part in drawing."""
         return [part for part in self.pipeline().components.values() if isinstance(part, torch.nn.Module)]
 
     def options(self, conditions: torch.Tensor | None) -> dict[str, Any]:
-        """What the pipeline is given beside prompts and noise, for a batch; this sampler needs no conditions."""
+        """Further arguments of the pipeline for a batch; none here, because this sampler draws by prompts alone.
+
+        Args:
+            conditions: of the batch, for samplers that draw by control images.
+        """
         return {}
 
     def __call__(
         self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
     ) -> list[Image.Image]:
-        """One picture a prompt. The noise that picture i starts from, and that a sampler adds on the way, depends on
-        (seed, keys[i]) alone.
+        """Draw one picture for each prompt.
 
-        conditions: one for each prompt, where the sampler draws by more than a prompt.
+        Args:
+            seed, keys: the noise of picture i, also that which a scheduler adds, depends on (seed, keys[i]) alone.
+            conditions: one for each prompt, for samplers that draw by control images.
         """
         return [image for _, images in self.batches(prompts, seed, keys, conditions) for image in images]
 
     def batches(
         self, prompts: Sequence[str], seed: int, keys: Sequence[object], conditions: torch.Tensor | None = None
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """As above, batch by batch: (index of the first, pictures)."""
+        """As calling the sampler, batch by batch: (index of the batch's first prompt, its pictures)."""
         pipeline, shape = self.pipeline(), self.base.latent_shape(self.resolution)
-        device = self.base.part(self.base.denoiser_part).device
+        device = next(self.base.part(self.base.denoiser_part).parameters()).device
         with torch.no_grad(), evaluating(*self.modules()), self._autocast(device):
             for start in range(0, len(prompts), self.batch_size):
                 part = slice(start, start + self.batch_size)
@@ -83,7 +90,7 @@ class Sampler:
                 )
                 yield start, [to_image(image) for image in self.base.decode(latents)]
 
-    def _autocast(self, device: torch.device):
+    def _autocast(self, device: torch.device) -> AbstractContextManager:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, self.precision)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether a result may be put there, asked before training begins, and putting it there."""
+"""The Hugging Face Hub: checking before training that the result may be uploaded, and uploading it afterwards."""
 
 from __future__ import annotations
 
@@ -13,42 +13,48 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from finetuning import files
 from finetuning.errors import InputError, RunError
-from finetuning.publishing.model_card import shared_card
-from finetuning.publishing.private_paths import private_paths, shared_content
+from finetuning.publishing.model_card import card_for_hub
+from finetuning.publishing.private_paths import private_paths, uploaded_content
 from finetuning.run_folder import CARD, VALIDATION
 
-PATIENCE = 10  # seconds in which the hub must answer at all, before training
-# What others can use of a run. Checkpoints, logs and whatever else lies in its folder stay at home.
+TIMEOUT = 10  # seconds in which the hub must answer before training
+# What others can use of a run. Checkpoints, logs and whatever else lies in its folder are not uploaded.
 FOLDERS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler", "controlnet", "hint_encoder", VALIDATION)
 ENDINGS = (".md", ".yaml", ".json", ".jsonl", ".png", ".safetensors")
-MAY_WRITE = ("admin", "write", "contributor")  # roles in an organization
+MAY_WRITE = ("admin", "write", "contributor")  # roles in an organization that may write
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository on the hub that may be written.
+    """A repository on the hub into which the user may write.
 
     Attributes:
-        name: owner/name; token: of the user, in memory only.
+        name: owner/name.
+        token: of the user; it is never written or printed.
     """
 
     name: str
     token: str = field(repr=False)
 
     def upload(self, run: Path) -> str:
-        """Put a run's result there, with a card that loads it from there; returns its address.
+        """Upload the result of a run, with a card that loads it from the hub.
 
-        Paths of this machine stay at home: config.yaml and what else holds them is changed on the way, see
-        shared_paths.py.
+        Paths of this machine are replaced in what is uploaded, e.g. in config.yaml, see private_paths.py.
+
+        Args:
+            run: the run's folder; its card is changed to load from the hub.
+
+        Returns:
+            The address of the repository.
 
         Raises:
-            RunError: it was not taken. What the run has written stays where it is.
+            RunError: the upload failed. What the run has written is still in its folder.
         """
         card = run / CARD
-        files.write(card, shared_card(card.read_text(encoding="utf-8"), run, self.name))
+        files.write(card, card_for_hub(card.read_text(encoding="utf-8"), run, self.name))
         private = private_paths(run)
         try:
-            changes = [CommitOperationAdd(name, shared_content(run / name, private)) for name in shared_files(run)]
+            changes = [CommitOperationAdd(name, uploaded_content(run / name, private)) for name in uploaded_files(run)]
             HfApi(token=self.token).create_commit(self.name, changes, commit_message=f"Upload {run.resolve().name}")
         except Exception as error:
             raise RunError(
@@ -59,14 +65,16 @@ class HubRepository:
 
 
 def open_repository(name: str | None, token: str | None, run: Path) -> HubRepository:
-    """Find out whether a result can be uploaded, and make the repository if it is not there yet.
+    """Check that a result can be uploaded, and make the repository if it does not exist yet.
 
     Args:
-        name: owner/name, or a name alone for the user's own. None = the name of the run's folder.
-        token: None = the one of HF_TOKEN or of `hf auth login`.
+        name: owner/name, or only the name of a repository of the user's own. None = the name of the run's folder.
+        token: None = the token in HF_TOKEN, or of `hf auth login`.
+        run: the run's folder.
 
     Raises:
-        InputError: no network, no token, one that is not accepted or may only read, or a name that cannot be written.
+        InputError: the hub cannot be reached, there is no token, the hub does not accept it, it may only read, or the
+            name is not one that may be written.
     """
     name = run.resolve().name if name is None else name
     flag = f"--hub_model_id={name}"
@@ -98,9 +106,12 @@ def open_repository(name: str | None, token: str | None, run: Path) -> HubReposi
 
 
 def permission_fault(user: dict[str, Any], name: str) -> str | None:
-    """Why a user's token may not write a repository owner/name, by what the hub's `whoami` says; None = it may.
+    """Why a user's token may not write into a repository; None = as far as the hub's `whoami` says, it may.
 
-    Tokens with permissions of their own ("fineGrained") are only known by trying.
+    What tokens with permissions of their own ("fineGrained") may do is only found out by trying.
+
+    Args:
+        user: the answer of `whoami`; name: owner/name.
     """
     owner, role = name.split("/")[0], user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
@@ -114,18 +125,22 @@ def permission_fault(user: dict[str, Any], name: str) -> str | None:
     return None
 
 
-def shared_files(run: Path) -> list[str]:
-    """Names, below a run's folder, of what is uploaded."""
+def uploaded_files(run: Path) -> list[str]:
+    """Paths, inside a run's folder, of the files that are uploaded."""
     own = [path for path in run.iterdir() if path.is_file() and path.suffix in ENDINGS]
     parts = [path for folder in FOLDERS for path in (run / folder).rglob("*") if path.is_file()]
     return sorted(path.relative_to(run).as_posix() for path in (*own, *parts) if not path.name.startswith("."))
 
 
 def _who_is(token: str) -> dict[str, Any]:
-    """The hub's account of a token's user; asked with a time limit, which HfApi has not."""
+    """What the hub says of a token's user. HfApi's `whoami` has no time limit; this has.
+
+    Raises:
+        InputError: the hub cannot be reached, or does not accept the token.
+    """
     try:
         answer = get_session().get(
-            f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token), timeout=PATIENCE
+            f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token), timeout=TIMEOUT
         )
     except Exception as error:
         raise InputError(
@@ -144,5 +159,5 @@ def _who_is(token: str) -> dict[str, Any]:
 
 
 def _says(error: Exception) -> str:
-    """A library's words on one line, or the kind of error if it has none."""
+    """The message of an error on one line, or the kind of error if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

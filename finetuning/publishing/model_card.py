@@ -1,4 +1,4 @@
-"""The README.md of a run's output folder, and how it is changed to go on the hub."""
+"""The card of a run, README.md in its folder, and the changes that are made to it for the hub."""
 
 from __future__ import annotations
 
@@ -52,13 +52,18 @@ def model_card(
     with_text_encoder: bool = False,
     stock_peft: bool = True,
 ) -> str:
-    """Markdown with the hub's front matter.
+    """The card of a DreamBooth run, in Markdown with the front matter that the hub reads.
 
     Args:
-        title: heading; base: name of the base model; kind: boft, lora or full; folder: where this card lies.
-        prompt: the one that names the subject; facts: further lines, name to value.
-        picture: file name of a picture in the folder; prompts: what it was drawn for.
-        stock_peft: whether a released peft computes this adapter; otherwise `import boft` goes before loading.
+        title: the heading.
+        base: name of the base model.
+        kind: boft, lora or full.
+        folder: of the run, from which the code on the card loads.
+        prompt: the one that names the subject.
+        facts: {name: value} for the table of parameters.
+        picture: file name of a picture in the folder; prompts: those it was drawn from.
+        with_text_encoder: whether the text encoder was trained, too.
+        stock_peft: whether a released peft can compute this adapter; otherwise the code imports boft first.
     """
     tags = ["stable-diffusion", "text-to-image", "diffusers", *([] if kind == "full" else ["peft", kind])]
     front = front_matter(
@@ -84,8 +89,13 @@ def model_card(
     return front + "\n".join(lines) + licence_section(base)
 
 
-def facts_of(config: TrainerConfig, *, numbers: int, steps: int, batch: int) -> dict[str, Any]:
-    """What a card says of a run. numbers: how many are trained; batch: samples in an optimizer step."""
+def parameter_rows(config: TrainerConfig, *, numbers: int, steps: int, batch: int) -> dict[str, Any]:
+    """The rows of a card's table of parameters that all runs have, {name: value}.
+
+    Args:
+        numbers: how many numbers are trained.
+        steps: optimizer steps that were done; batch: samples in each of them.
+    """
     return {
         "trained numbers": f"{numbers:,}",
         "steps": steps,
@@ -97,28 +107,30 @@ def facts_of(config: TrainerConfig, *, numbers: int, steps: int, batch: int) -> 
 
 
 def front_matter(base: str, **values: Any) -> str:
-    """What the hub reads of a card, with the base model and its licence where the hub can know them."""
+    """The beginning of a card, which the hub reads: the base model if it is on the hub, its licence, and `values`."""
     licence = licence_of(base)
     front = {
         **({"license": licence} if licence else {}),
-        **({} if _is_local(base) else {"base_model": base}),  # the hub refuses what is no name on it
+        **({} if _is_local(base) else {"base_model": base}),  # the hub refuses names of models that it has not
         **values,
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
 def licence_section(base: str) -> str:
-    """The last section of a card."""
+    """The last section of a card: under which terms the result may be used."""
     licence = licence_of(base)
     terms = f"`{licence}`, the base model's." if licence else f"The terms of the base model, `{base}`, go on to this."
     return f"\n## Licence\n\n{terms}\n"
 
 
-def shared_card(card: str, run: Path, name: str) -> str:
-    """A run's card as it goes on the hub: it loads from there, and has the scores that the run has by now.
+def card_for_hub(card: str, run: Path, name: str) -> str:
+    """A run's card as it is uploaded: its code loads from the hub, and it has the scores that there are by now.
 
     Args:
-        card: as `model_card` made it; run: its folder; name: owner/name of the repository.
+        card: the card in the run's folder.
+        run: the run's folder.
+        name: owner/name of the repository.
     """
     card = re.sub(r'^run = ".*"$', f'run = "{name}"', card, flags=re.MULTILINE)
     card = re.sub(r"## Scores\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
@@ -128,7 +140,7 @@ def shared_card(card: str, run: Path, name: str) -> str:
 
 
 def scores_section(run: Path) -> str:
-    """What `scripts/evaluate.py` has found of a run; empty if it has not been asked."""
+    """The section with the scores that `scripts/evaluate.py` has given a run; empty if there are none."""
     parts = []
     for table in score_tables(run):
         names = [name for name, _ in table["columns"]]
@@ -137,9 +149,9 @@ def scores_section(run: Path) -> str:
 
 
 def licence_of(base: str) -> str | None:
-    """The licence of a base model in the hub's words, by its own card or by what is known; None = neither says.
+    """The hub's name for the licence of a base model, from the model's card or from LICENCES; None = unknown.
 
-    A card that cannot be read says nothing: others write it, and by now a run has been trained.
+    A card that cannot be read is left out of account: others have written it, and it must not end a trained run.
     """
     try:
         text = (Path(base) / CARD).read_text(encoding="utf-8-sig")  # reads all kinds of line ends as one
@@ -152,4 +164,5 @@ def licence_of(base: str) -> str | None:
 
 
 def _is_local(base: str) -> bool:
+    """Whether a base model is a folder, or at least cannot be a name on the hub."""
     return Path(base).is_dir() or base.count("/") != 1

@@ -1,4 +1,4 @@
-"""Paths of this machine in what is uploaded: they would tell everybody the names of its users and folders."""
+"""Replaces paths of this machine in what is uploaded: they would tell everybody the names of its users and folders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from finetuning.run_folder import CONFIG
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def shown(path: str) -> str:
-    """A path as others may read it: from the working directory or the repository on, otherwise its last name."""
+def public_path(path: str) -> str:
+    """A path as others may read it: relative to the working directory or the repository, or only its last name."""
     for root in (Path.cwd(), REPOSITORY):
         if root in Path(path).parents:
             return Path(path).relative_to(root).as_posix()
@@ -25,7 +25,7 @@ def shown(path: str) -> str:
 
 
 def private_paths(run: Path) -> set[str]:
-    """Absolute paths that a run's files may hold: its own folder's, and those of its settings."""
+    """The absolute paths that a run's files may hold: that of its own folder, and those in its settings."""
     found = {os.path.abspath(run), str(run.resolve())}
     if (run / CONFIG).is_file():
         settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
@@ -33,12 +33,17 @@ def private_paths(run: Path) -> set[str]:
     return {path for path in found if os.path.isabs(path) and len(Path(path).parts) > 2}
 
 
-def shared_content(path: Path, private: Collection[str]) -> bytes | str:
-    """What is uploaded of a file: its path if it can go as it is, otherwise its content with no private path in it."""
+def uploaded_content(path: Path, private: Collection[str]) -> bytes | str:
+    """What is uploaded of a file: its path if it holds no private path, otherwise its content with those replaced.
+
+    Args:
+        path: of the file; only .md, .json and .yaml are looked into.
+        private: absolute paths.
+    """
     if path.suffix == ".md":
         text = before = path.read_text(encoding="utf-8")
         for place in sorted(private, key=len, reverse=True):
-            text = re.sub(rf"(?<![\w./-]){re.escape(place)}(?![\w-])", lambda found: shown(found[0]), text)
+            text = re.sub(rf"(?<![\w./-]){re.escape(place)}(?![\w-])", lambda found: public_path(found[0]), text)
         return str(path) if text == before else text.encode()
     if path.suffix not in (".json", ".yaml"):
         return str(path)
@@ -53,21 +58,23 @@ def shared_content(path: Path, private: Collection[str]) -> bytes | str:
 
 
 def _hide(value: Any, private: Collection[str]) -> Any:
+    """A value as JSON or YAML has it, with the private paths and all that exist on this machine replaced."""
     if isinstance(value, dict):
         return {key: _hide(v, private) for key, v in value.items()}
     if isinstance(value, list):
         return [_hide(v, private) for v in value]
     if isinstance(value, str) and (value in private or _is_here(value)):
-        return shown(value)
+        return public_path(value)
     return value
 
 
 def _is_here(text: str) -> bool:
-    """Whether a text is the path of something on this machine, as diffusers notes that of a model it has loaded."""
+    """Whether a text is the path of something on this machine; diffusers notes such paths of models it has loaded."""
     return os.path.isabs(text) and len(Path(text).parts) > 2 and os.path.exists(text)
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """The texts that a setting holds, one or a list."""
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):
             yield item

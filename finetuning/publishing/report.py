@@ -1,7 +1,7 @@
-"""report.html of a run of either trainer: one self-contained file that opens without a network.
+"""report.html of a run of any trainer: a single file that opens without a network.
 
-Loss and score curves, validation pictures over steps, the comparison with the base, tables of scores, configuration
-and environment; what a run lacks is left out. The page is drawn by report.html, a Jinja template.
+It shows curves of losses and scores, validation pictures over steps, the comparison with the base, tables of scores,
+the configuration and the environment; what a run lacks is left out. report.html here is its Jinja template.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from finetuning.settings.control import TOYWORLD, ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import show
 
-POINTS = 1200  # of a curve at most; longer ones are drawn by their means
-WIDEST = 1600  # pixels of an embedded picture
-CHARTS: dict[str, tuple[str, ...]] = {  # title to the metrics drawn together
+POINTS = 1200  # of a curve, at most; of a longer one, means of neighbouring points are drawn
+WIDEST = 1600  # largest width of an embedded picture, in pixels
+CHARTS: dict[str, tuple[str, ...]] = {  # {title: metrics that are drawn together}
     "How held-out controls are followed": ("edge_f1", "edge_iou", "edge_precision", "edge_recall", "mask_miou"),
     "Training loss": ("loss", "instance_loss", "prior_loss"),
     "Held-out loss": ("held_out_loss", "held_out_instance_loss", "held_out_prior_loss"),
@@ -45,7 +45,7 @@ CHARTS: dict[str, tuple[str, ...]] = {  # title to the metrics drawn together
     "Images a second": ("images_per_second",),
     "Peak memory in GiB": ("peak_memory_gib",),
 }
-NOISY = ("Training loss", "Gradient norm", "Images a second")  # drawn with their running mean
+NOISY = ("Training loss", "Gradient norm", "Images a second")  # charts that also show running means
 MEANINGS = {
     "subject": "likeness to the subject: 0 = other members of the class, 1 = the subject itself",
     "subject_new": "the same, in contexts that no photo shows",
@@ -69,7 +69,7 @@ MEANINGS = {
 
 
 def write_report(run: Path) -> Path:
-    """Write report.html into a run's folder and return its path. A run that is still going has one too.
+    """Write report.html into the folder of a run, which may still be going on, and return its path.
 
     Raises:
         InputError: the folder is not a run's output.
@@ -80,7 +80,7 @@ def write_report(run: Path) -> Path:
 
 
 def render(content: dict[str, Any]) -> str:
-    """The page of what `collect` has found."""
+    """The page, in HTML, that shows what `collect` has found."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -127,7 +127,7 @@ def is_control(config: dict[str, Any]) -> bool:
 
 
 def title(config: dict[str, Any], name: str) -> str:
-    """What was taught: the subject's prompt, or the kind of control."""
+    """The title of the page: the prompt of the subject that was taught, or the kind of control."""
     if is_control(config) and (kind := config.get("conditioning") or config.get("dataset_name")):
         return f"Control: {'edges' if kind == TOYWORLD else Path(kind).name}"
     return config.get("instance_prompt") or name
@@ -137,7 +137,7 @@ def title(config: dict[str, Any], name: str) -> str:
 
 
 def facts(config: dict[str, Any], metrics: Sequence[dict[str, float]]) -> list[tuple[str, str]]:
-    """What matters most, (name, value)."""
+    """The most important settings and numbers of a run, (name, value)."""
     kind = "BOFT" if config.get("use_boft") else "LoRA" if config.get("use_lora") else ""
     if config.get("use_boft"):
         size, number = config.get("boft_block_size"), config.get("boft_block_num")
@@ -167,7 +167,10 @@ def facts(config: dict[str, Any], metrics: Sequence[dict[str, float]]) -> list[t
 
 
 def charts(metrics: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """{title, is_noisy, curves: [{name, points: [[step, value], …]}]}; metrics that no chart knows get one each."""
+    """The charts, each {title, is_noisy, curves: [{name, points: [(step, value), …]}]}.
+
+    A metric that CHARTS does not name gets a chart of its own.
+    """
     names = [name for name in columns_of(metrics) if name != "step"]
     known = {name for group in CHARTS.values() for name in group}
     groups = {**CHARTS, **{name.replace("_", " "): (name,) for name in names if name not in known}}
@@ -185,16 +188,16 @@ def charts(metrics: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[tuple[float, float]]:
-    """At most about `limit` points, each the mean of as many neighbours."""
+    """Means of groups of neighbouring points, so that at most about `limit` points are left."""
     width = -(-len(points) // limit)
     if width <= 1:
         return list(points)
     groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [tuple(sum(column) / len(group) for column in zip(*group)) for group in groups]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def score_tables(run: Path) -> list[dict[str, Any]]:
-    """{title, columns: [(name, meaning)], rows: [[text]]} for each file of scores that is there."""
+    """The tables of scores that a run has, each {title, columns: [(name, meaning)], rows: [[text]]}."""
     tables = []
     scored = _read_json(run / "evaluation" / "scores.json") or {}
     if "table" not in scored and (judged := _read_json(run / "scores.json")):
@@ -217,6 +220,7 @@ def score_tables(run: Path) -> list[dict[str, Any]]:
 
 
 def _table(title: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """A table as `score_tables` returns it."""
     columns = columns_of(rows)
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     return {"title": title, "columns": [(column, MEANINGS.get(column, "")) for column in columns], "rows": cells}
@@ -229,7 +233,7 @@ def _cell(value: Any) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no file, or one that is no object."""
+    """The object in a JSON file; None = there is no file, or it holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -241,7 +245,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def albums(folder: Path) -> list[dict[str, Any]]:
-    """{name, frames: [{step, source}]}: the pictures of each name over steps, e.g. validation-000250.png."""
+    """The pictures of each name over the steps, {name, frames: [{step, source}]}; files are called name-step.png."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
         if match := re.fullmatch(r"(.+)-(\d+)", path.stem):
@@ -251,11 +255,11 @@ def albums(folder: Path) -> list[dict[str, Any]]:
 
 
 def picture(path: Path) -> str | None:
-    """A picture as a data URI, at most WIDEST wide; None where there is none."""
+    """A picture as a data URI, reduced to a width of WIDEST if it is wider; None = there is no such file."""
     if not path.is_file():
         return None
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
     if image.width > WIDEST:
         image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
     data = io.BytesIO()
@@ -267,7 +271,7 @@ def picture(path: Path) -> str | None:
 
 
 def configuration(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """{title, settings: [{name, value, help, is_changed}]} by the groups of the trainer's settings."""
+    """The settings in their groups, each {title, settings: [{name, value, help, is_changed}]}."""
     rest, groups = dict(config), []
     kind = ControlNetConfig if is_control(config) else DreamBoothConfig
     for group in typing.get_type_hints(kind).values():

@@ -1,1 +1,1 @@
-"""The processes of a run, its log, its trackers, and how it is stopped."""
+"""The processes of a run, its steps, its log, its trackers, and how it is stopped."""

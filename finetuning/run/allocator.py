@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step on a CPU frees."""
+"""Makes training on a CPU faster: memory that a step frees is kept for the next one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import sys
 
 
 def keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed, on Linux.
+    """Make glibc's malloc keep the memory that is freed. Does nothing on other systems than Linux.
 
-    It would return large blocks to the system after every step and take them back page by page, which costs a good
-    part of a small model's step. The peak grows by little (by what lies idle between kept blocks); between peaks the
-    process is larger.
+    Otherwise it returns large blocks to the system after every step and takes them back page by page, which costs a
+    good part of a small model's step. The peak of memory grows little; between peaks the process is larger.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,8 +1,8 @@
-"""How long each part of a step takes.
+"""How long each phase of a step takes.
 
-A step's seconds are divided among the phases that are named here; a phase inside another one counts for itself alone.
-On a GPU the host runs ahead of the device, so that times are taken by events on the device and read later, without
-making the host wait.
+A phase inside another one counts for itself alone, so that the phases add up to at most the step's seconds. On a GPU
+the host runs ahead of the device; times are therefore taken by events on the device, and read later, so that the host
+does not wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,11 @@ PHASES = ("data", "encode", "forward", "backward", "optimizer", "validation")
 
 
 class Clock:
-    """Times the phases of one step after the other.
+    """Measures the phases of each step.
 
     Args:
-        device: where the work is done.
-        now: seconds from some start, on devices without events of their own. A measuring tool may take processor time.
+        device: on which the work is done.
+        now: returns seconds; is asked on all devices but CUDA. A measuring tool may give processor time.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
@@ -34,7 +34,7 @@ class Clock:
         self._marks: list[tuple[Any, str | None]] = []  # from each mark on, the phase that runs, None = no phase
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the block for this phase."""
         self._open.append(name)
         self._mark()
@@ -45,10 +45,10 @@ class Clock:
             self._mark()
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last reading; phases that did not run are left out.
+        """Seconds of each phase since the last call; phases that did not run are left out.
 
-        On a GPU these are the seconds before the last reading, i.e. of the step before, because the host would have to
-        wait for those of this one. The first reading there is empty.
+        On a GPU these are the seconds between the two calls before, i.e. of the previous step, because the host would
+        have to wait for those of this one. The first call returns nothing there.
         """
         self._mark()
         marks, self._marks = self._marks, self._marks[-1:]

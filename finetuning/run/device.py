@@ -1,4 +1,4 @@
-"""The device that work is done on."""
+"""The device that scripts compute on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from finetuning.errors import InputError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the fastest there is: the one that the trainers take (CUDA and ROCm, MPS, XPU, NPU …).
+    """The device of a name, or the one that trainers take: an accelerator (CUDA, ROCm, MPS, XPU, NPU …), or the CPU.
+
+    Args:
+        name: e.g. cpu, cuda or cuda:1. None = the fastest.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     here = {"cpu": 1}
-    if torch.accelerator.is_available():
-        here = {torch.accelerator.current_accelerator().type: torch.accelerator.device_count(), **here}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        here = {accelerator.type: torch.accelerator.device_count(), **here}
     if name is None:
         is_told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # `accelerate launch --cpu`
         return torch.device("cpu" if is_told_cpu else next(iter(here)))

@@ -1,4 +1,4 @@
-"""What beside seed and settings decides a run's bits: versions, device, threads, processes, the base's weights."""
+"""environment.json: what decides a run's bits beside seed and settings, e.g. versions, device, and threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECIDES_BITS = ("torch", "device", "threads")
 
 
 def describe() -> dict[str, str]:
-    """Versions and machine of this process, by name."""
+    """The environment of this process, {name: value}: Python, system, device, cores, threads, versions of PACKAGES."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     found["cores"], found["threads"] = str(os.cpu_count()), str(torch.get_num_threads())
@@ -31,7 +31,7 @@ def describe() -> dict[str, str]:
 
 
 def read(run: Path) -> dict[str, str] | None:
-    """What `write` has left in a run's folder, or None."""
+    """The content of a run's environment.json; None = there is none, or it is damaged."""
     try:
         found = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -40,12 +40,12 @@ def read(run: Path) -> dict[str, str] | None:
 
 
 def write(run: Path, **more: object) -> None:
-    """environment.json: this process's and `more`, e.g. the fingerprint of the base's weights."""
+    """Write environment.json into a run's folder: what `describe` finds, and `more`, e.g. the base's fingerprint."""
     content = {**describe(), **{name: str(value) for name, value in more.items()}}
     files.write(run / ENVIRONMENT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def changes(run: Path) -> list[str]:
-    """What decides bits and was different when the run began; nothing if that is not known."""
+    """What has changed since the run began and decides its bits, one text each; empty if there is no record of it."""
     before, now = read(run) or {}, describe()
     return [f"{key} was {before[key]}, is {now[key]}" for key in DECIDES_BITS if before.get(key, now[key]) != now[key]]

@@ -1,4 +1,4 @@
-"""From processes that a launcher has started to one run: accelerate's view of them, or an error."""
+"""Joins the processes that a launcher has started into one group, through accelerate."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from finetuning.errors import InputError
-from finetuning.run.processes import LAUNCH, check_accumulation, check_engine, check_gpus, processes_asked
+from finetuning.run.launchers import LAUNCH, check_accumulation, check_engine, check_gpus, processes_asked
 
 
 def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
-    """accelerate's view of the processes that a launcher has started: all of them, or an error.
+    """Join all processes that a launcher has started; none may be left out.
+
+    Args:
+        accumulation: batches of one process in an optimizer step.
+        mixed_precision: no, bf16 or fp16.
 
     Raises:
-        InputError: as processes.py; or the processes cannot be joined.
+        InputError: accelerate's engine is not supported, the launcher's variables contradict each other or the flags,
+            there are too few GPUs, or the processes cannot be joined.
     """
     check_engine(os.environ)
     check_accumulation(os.environ, accumulation)
@@ -27,7 +32,7 @@ def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
             gradient_accumulation_steps=accumulation,
             mixed_precision=mixed_precision,
             step_scheduler_with_optimizer=False,
-            cpu=asked > 1 and not torch.cuda.is_available(),  # else it would be alone: it joins CPUs only when told to
+            cpu=asked > 1 and not torch.cuda.is_available(),  # accelerate joins processes on CPUs only if told to
         )
     except (ValueError, RuntimeError, ImportError) as error:
         if "LOCAL_RANK" not in os.environ:
@@ -45,7 +50,7 @@ def join_processes(accumulation: int, mixed_precision: str) -> Accelerator:
 
 
 def forget_processes() -> None:
-    """Let the next `Run` of this process be a run of its own: accelerate keeps what it found for good."""
+    """Let the next run in this process join its processes anew; otherwise accelerate keeps what it found first."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()

@@ -9,22 +9,28 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from finetuning.errors import InputError
-from finetuning.run.processes import MPI
+from finetuning.run.launchers import MPI
 from finetuning.settings import secrets as secret_flags
 from finetuning.settings.fields import C
 from finetuning.settings.reading import parse_or_exit, run_command
 
-SECONDS_TO_SAVE = "600"  # after a signal, until processes that still run are killed
+SECONDS_TO_SAVE = "600"  # how long after a signal processes that still run are killed
 
 
 def launch(kind: type[C], description: str | None = None) -> C:
-    """What the command line asks for, if this process shall train.
+    """Read the command line of a script that trains.
 
-    It exits if the flags are wrong, or after the processes that train have ended. The command line is read here and
-    nowhere else: what is secret in it is hidden afterwards.
+    If the flags are wrong, this process exits with code 2. The command line is read here and nowhere else, because the
+    secrets in it are hidden afterwards.
 
-    `accelerate launch --cpu --num_processes=N` starts N processes through MPI only; without it, one. This one then
-    starts the N, by torch's own launcher.
+    `accelerate launch --cpu --num_processes=N` starts a single process unless there is MPI. That process then starts
+    the N here, by torch's own launcher, and exits when they have ended.
+
+    Args:
+        kind: the class of the configuration; description: the text above --help.
+
+    Returns:
+        The configuration, in each process that trains.
     """
     argv = secret_flags.receive(kind, sys.argv[1:])
     config = parse_or_exit(kind, description, argv)
@@ -35,16 +41,16 @@ def launch(kind: type[C], description: str | None = None) -> C:
 
 
 def is_alone(environment: Mapping[str, str]) -> bool:
-    """Whether accelerate's CPU launcher, asked for several processes, has set their address and started one."""
+    """Whether accelerate's CPU launcher was asked for several processes and has started only this one."""
     is_one = not any(name in environment for name in ("WORLD_SIZE", *MPI))
     return is_one and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
 
 
 def processes_wanted() -> int:
-    """What the command line of accelerate, some parent of this process, or its configuration file asks for.
+    """How many processes `accelerate launch`, a parent of this process, was asked for by its flags or configuration.
 
     Raises:
-        InputError: there is no such parent, or it wants several machines.
+        InputError: there is no such parent, or it was asked for several machines.
     """
     import psutil
     from accelerate.commands.config import load_config_from_file
@@ -65,7 +71,7 @@ def processes_wanted() -> int:
 
 
 def launch_arguments(words: Sequence[str]) -> list[str] | None:
-    """What follows `accelerate launch`, however it is spelled; None = another command."""
+    """The words that follow `accelerate launch`, in any of its spellings, in a command; None = another command."""
     for i, word in enumerate(words):
         name = os.path.basename(word)
         if (name == "launch" and os.path.basename(words[i - 1]) == "accelerate") or name in (
@@ -76,9 +82,15 @@ def launch_arguments(words: Sequence[str]) -> list[str] | None:
 
 
 def start_processes(count: int, command: Sequence[str]) -> int:
-    """Run a Python script in `count` processes on this machine; returns its exit code.
+    """Run a Python script in several processes on this machine.
 
-    A signal is passed on once, and they have time to save.
+    A signal is passed on to the processes once; they then have SECONDS_TO_SAVE to save and end.
+
+    Args:
+        count: how many processes; command: path of the script and its arguments.
+
+    Returns:
+        The exit code of the process that failed first, 128 + the number of a signal, or 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,149 +1,105 @@
-"""What launchers say in the environment: how many processes were started, on what engine, and in which precision.
-
-torchrun, accelerate, MPI and SLURM leave variables behind. What they ask for must be what is built: several processes
-that do not know of each other would be several runs in one folder.
-"""
+"""The processes that train together: what each of them is, and what they compute in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import os
+from contextlib import AbstractContextManager
+
+import torch
 
 from finetuning.errors import InputError
+from finetuning.run.allocator import keep_freed_memory
+from finetuning.run.joining import join_processes
+from finetuning.run.launchers import precision
 
-# Of each launcher: number of processes, this one's rank, its rank on this machine, and how many there are on it.
-TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MPI = {
-    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "PMI_SIZE": ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "MV2_COMM_WORLD_SIZE": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-}
-ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
-}
-PRECISION = "ACCELERATE_MIXED_PRECISION"
-ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-LAUNCH = "torchrun --nproc_per_node=N or accelerate launch --num_processes N"
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Process groups stay referenced when they are left: else a DDP model would be the last to let go of its group, and
+# destroy it with the GIL held, while a thread of gloo that the destructor waits for may need the GIL to free a tensor.
+_left_groups: list = []
 
 
-def check_engine(environment: Mapping[str, str]) -> None:
-    """Raises InputError if accelerate is told to share the model itself, before it tries to."""
-    for variable, engine in ENGINES.items():
-        if is_true(environment.get(variable, "")):
-            raise InputError(
-                f"{variable}={environment[variable]}: accelerate's {engine} is not supported: adapters are small, and "
-                "plain processes (DDP) share the work; choose MULTI_GPU in `accelerate config`, accelerate launch "
-                "--multi_gpu, or unset the variable"
-            )
+class Processes:
+    """All processes of a run, seen from one of them.
 
+    Args:
+        accumulation: batches of one process in an optimizer step.
+        mixed_precision: no, bf16 or fp16. None = what accelerate is configured for.
+        allow_tf32: allow TF32 matrix products on GPUs that have them.
 
-def check_accumulation(environment: Mapping[str, str], accumulation: int) -> None:
-    """Raises InputError if accelerate is told another accumulation than --gradient_accumulation_steps."""
-    asked = environment.get(ACCUMULATION, "")
-    if asked.isdigit() and int(asked) != accumulation:
-        raise InputError(
-            f"{ACCUMULATION}={asked}: --gradient_accumulation_steps is {accumulation}; give that flag the same value, "
-            "or unset the variable"
-        )
-
-
-def precision(environment: Mapping[str, str], asked: str | None) -> str:
-    """no, bf16 or fp16: what --mixed_precision asks for or, where it is not given, what `accelerate config` says.
+    Attributes:
+        mixed_precision: no, bf16 or fp16, after accelerate's configuration has been read.
+        dtype: in which frozen modules are kept and most arithmetic is done.
+        device: of this process.
+        rank: this process's number, from 0; processes: how many there are.
+        is_main: whether this is the first process, which writes files and talks to the user.
 
     Raises:
-        InputError: accelerate's is one that the trainers do not have.
+        InputError: the device lacks the precision, accelerate's engine is not supported, or the processes that were
+            started cannot be joined.
     """
-    if asked is not None:
-        return asked
-    found = environment.get(PRECISION, "").strip().lower() or "no"
-    if found not in ("no", "bf16", "fp16"):
-        raise InputError(
-            f"{PRECISION}={found}: accelerate is configured for a precision that is not supported; give "
-            "--mixed_precision=bf16, fp16 or no"
-        )
-    return found
 
+    def __init__(self, *, accumulation: int = 1, mixed_precision: str | None = None, allow_tf32: bool = False):
+        self.mixed_precision = precision(os.environ, mixed_precision)
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            asked = "--mixed_precision=fp16" if mixed_precision else "fp16, for which accelerate is configured"
+            raise InputError(f"{asked}: needs a CUDA GPU; use --mixed_precision=bf16 or no")
+        self.accelerator = join_processes(accumulation, self.mixed_precision)
+        if allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.accumulation = accumulation
+        self.dtype = DTYPES[self.mixed_precision]
+        self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
 
-def processes_asked(environment: MutableMapping[str, str]) -> int:
-    """How many processes launchers say there are. What MPI calls its own is translated to torch's names, in place.
+    def prepare_model(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Wrap a module for training in the run's precision, so that processes exchange its gradients."""
+        return self.accelerator.prepare_model(module)
 
-    Raises:
-        InputError: what is said is incomplete or contradicts itself, so that processes would train beside each other
-            or wait for others for ever.
-    """
-    sizes = {name: _number(environment, name) for name in ("WORLD_SIZE", *MPI)}
-    if not sizes["WORLD_SIZE"]:
-        _translate(environment, sizes)
-    size = _number(environment, "WORLD_SIZE") or 1
-    steps = {**{name: sizes[name] or 1 for name in MPI}, "SLURM": _slurm_tasks(environment)}
-    for name, tasks in steps.items():
-        if tasks > size:
-            launcher = "srun" if name == "SLURM" else "mpirun"
-            raise InputError(
-                f"{launcher} has started {tasks} processes, of which {size} would train together, and the others "
-                f"beside them in the same folder; start one process ({launcher} -n 1), or one a machine, each "
-                f"{LAUNCH}"
-            )
-    rank = _number(environment, "RANK")
-    if (size > 1 and rank is None) or (rank or 0) >= size:
-        raise InputError(
-            f"WORLD_SIZE={environment.get('WORLD_SIZE')}: RANK={environment.get('RANK')} does not say which of {size} "
-            f"processes this is; start them with {LAUNCH}, or unset both to train in one"
-        )
-    if size > 1 and not environment.get("MASTER_ADDR"):
-        raise InputError(
-            f"WORLD_SIZE={size}: nothing says where {size} processes meet (MASTER_ADDR); start them with {LAUNCH}"
-        )
-    return size
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Wrap an optimizer: it steps only when gradients are complete, and with float16's gradient scaler."""
+        return self.accelerator.prepare_optimizer(optimizer)
 
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler of float16 training; None in other precisions."""
+        return self.accelerator.scaler
 
-def check_gpus(environment: Mapping[str, str], gpus: int) -> None:
-    """Raises InputError if this process would have to share a GPU with another one of the run."""
-    local_rank = _number(environment, "LOCAL_RANK") or 0
-    if gpus and local_rank >= gpus and not is_true(environment.get("ACCELERATE_USE_CPU", "")):
-        raise InputError(
-            f"LOCAL_RANK={local_rank}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}; start at most as many "
-            "processes, or train on its CPUs with accelerate launch --cpu"
-        )
+    def autocast(self) -> AbstractContextManager:
+        """The arithmetic of --mixed_precision, for calls of modules that `prepare_model` has not wrapped."""
+        return self.accelerator.autocast()
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a batch's loss, a tensor without dimensions, divided by the accumulation."""
+        self.accelerator.backward(loss)
 
-def is_true(value: str) -> bool:
-    """As accelerate reads a variable that is a switch."""
-    return value.strip().lower() in ("1", "true", "yes", "y", "t", "on")
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        self.accelerator.wait_for_everyone()
 
+    def mean_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Means (n,) of the values (n,) of all processes, which all must call."""
+        values = values.detach()
+        return self.accelerator.reduce(values.float(), "mean") if self.processes > 1 else values
 
-def _translate(environment: MutableMapping[str, str], sizes: Mapping[str, int | None]) -> None:
-    for name, others in MPI.items():
-        if (sizes[name] or 1) == 1:
-            continue
-        if not environment.get("MASTER_ADDR"):
-            raise InputError(
-                f"{name}={sizes[name]}: mpirun has started {sizes[name]} processes, and nothing says where they meet; "
-                f"start one with {LAUNCH}, or set MASTER_ADDR and MASTER_PORT"
-            )
-        found = {"WORLD_SIZE": sizes[name]}
-        found |= {torch: _number(environment, mpi) for torch, mpi in zip(TORCH[1:], others)}
-        environment.update({torch: str(number) for torch, number in found.items() if number is not None})
-        environment.setdefault("MASTER_PORT", "29500")
-        return
+    def largest(self, value: int) -> int:
+        """The largest of the numbers with which the processes call this, which all must do."""
+        if self.processes == 1:
+            return value
+        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
 
+    def have_same_weights(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the sum of each trained tensor is the same, bit for bit, in all processes, which all must call."""
+        if self.processes == 1:
+            return True
+        sums = [p.detach().double().sum() for g in optimizer.param_groups for p in g["params"]]
+        everyone = self.accelerator.gather(torch.stack(sums)[None].view(torch.int64))  # as bits: NaN equals NaN
+        return torch.equal(everyone, everyone[:1].expand_as(everyone))
 
-def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Processes of the job step that this is one of. A batch script is none; it may ask for more and start one."""
-    if (tasks := _number(environment, "SLURM_STEP_NUM_TASKS")) is not None:
-        return tasks
-    is_batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
-    if "SLURM_PROCID" not in environment or (is_batch_script and environment["SLURM_PROCID"] == "0"):
-        return 1
-    return _number(environment, "SLURM_NTASKS") or 1
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name, "").strip()
-    if not text:
-        return None
-    if not text.isdigit():
-        raise InputError(f"{name}={text}: is no number of processes; start with {LAUNCH}, or unset the variable")
-    return int(text)
+    def leave(self) -> None:
+        """Leave the group of processes; nothing can be computed in common afterwards."""
+        if self.processes > 1:
+            _left_groups.append(torch.distributed.group.WORLD)
+        self.accelerator.end_training()

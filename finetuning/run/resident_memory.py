@@ -1,4 +1,4 @@
-"""The most memory that this process has had at once."""
+"""The most main memory that this process has had at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNITS = {"darwin": 1}  # bytes of what getrusage counts in; elsewhere KiB
 
 
 def peak_resident_memory() -> float:
-    """GiB of main memory that this process has had at most, on Linux, macOS and Windows."""
+    """The most main memory that this process has had at once, in GiB, on Linux, macOS and Windows."""
     status = Path("/proc/self/status")  # of Linux: getrusage there counts the process that started this one, too
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
         return int(found[1]) / 2**20
@@ -25,5 +25,9 @@ def peak_resident_memory() -> float:
 
 
 def gib_of(ru_maxrss: int, platform: str) -> float:
-    """GiB of what getrusage says on a platform, as sys.platform names it: bytes on macOS, KiB on others."""
+    """What getrusage says, in GiB. It counts in bytes on macOS and in KiB elsewhere.
+
+    Args:
+        platform: as sys.platform names it.
+    """
     return ru_maxrss * UNITS.get(platform, 1024) / 2**30

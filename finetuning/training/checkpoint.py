@@ -22,7 +22,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from finetuning.errors import DISK_FULL, InputError, RunError
-from finetuning.run_folder import MANIFEST, STATE, results_in, standing_in, stranger_in, strangers_in, was_interrupted
+from finetuning.run_folder import (
+    MANIFEST,
+    STATE,
+    foreign_file_in,
+    foreign_files_in,
+    outputs_in,
+    results_in,
+    was_interrupted,
+)
 from finetuning.settings.folders import is_same
 
 logger = logging.getLogger(__name__)
@@ -113,7 +121,7 @@ class Checkpoints:
         """
         found = None if name is None else self.find(name)
         others = [path.name for path in self.all() if not _is_ours(path)]
-        if strangers := strangers_in(self.folder) + others:
+        if strangers := foreign_files_in(self.folder) + others:
             raise InputError(
                 f"--output_dir={self.folder}: holds {strangers[0]}, which no run has put there and this one would "
                 "remove; move it, or give another folder"
@@ -135,7 +143,7 @@ class Checkpoints:
                 f"--output_dir={self.folder}: holds {standing[-1].name} of another run; add {FLAG}=latest to go on, "
                 "--overwrite_output_dir to remove it, or give another folder"
             )
-        if results := standing_in(self.folder):
+        if results := outputs_in(self.folder):
             raise InputError(
                 f"--output_dir={self.folder}: holds what another run has left ({shown(results)}); give another "
                 "folder, or --overwrite_output_dir to remove it"
@@ -198,7 +206,7 @@ def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> No
     Raises:
         SaveError: it cannot be written, or holds what this has not put there.
     """
-    if path.exists() and not is_checkpoint(path) and (stranger := stranger_in(path)):
+    if path.exists() and not is_checkpoint(path) and (stranger := foreign_file_in(path)):
         raise SaveError(f"{path} is not written: {stranger} stands there, which no run has put there; move it")
     free = shutil.disk_usage(_existing(path)).free
     if free < size:

@@ -13,7 +13,7 @@ import torch
 from finetuning.dataset.stream import Batch
 from finetuning.models.family import Condition, Family
 from finetuning.randomness import normal
-from finetuning.readings import onto
+from finetuning.readings import to_device
 
 
 class Encoding:
@@ -47,7 +47,7 @@ class Encoding:
         device = self.base.part(self.base.denoiser_part).device
         with self.phase("encode"):
             moments = [self.base.moments(i.pixels) if i.moments is None else i.moments for i in batch.images]
-            mean, deviation = torch.cat([onto(part, device) for part in moments]).unbind(dim=1)
+            mean, deviation = torch.cat([to_device(part, device) for part in moments]).unbind(dim=1)
             return mean + deviation * normal(mean.shape[1:], self.seed, "latent", batch.keys, like=mean)
 
     def condition(self, batch: Batch) -> Condition:

@@ -11,7 +11,7 @@ import pytest
 from training import flags, metrics, run, run_in_two
 
 from finetuning.errors import InputError
-from finetuning.run.processes import check_accumulation, check_engine, check_gpus, precision, processes_asked
+from finetuning.run.launchers import check_accumulation, check_engine, check_gpus, precision, processes_asked
 
 OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -10,7 +10,7 @@ from training import assert_same, flags, metrics, prior_flags, run, weights
 
 from finetuning.errors import RunError
 from finetuning.randomness import integers, normal
-from finetuning.readings import Reading, onto
+from finetuning.readings import Reading, to_device
 from finetuning.run.run import Run
 from finetuning.training.optimizer import make_optimizer
 
@@ -56,7 +56,7 @@ def test_a_diverged_step_changes_nothing_and_is_told_by_the_next_one(gradient):
     assert torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("end", ["settle", "check_same", "close"])
+@pytest.mark.parametrize("end", ["flush", "check_same", "close"])
 def test_no_checkpoint_is_made_of_a_diverged_step(end):
     run, parameter, optimizer = late_run()
     step(run, parameter, optimizer, math.nan)
@@ -99,4 +99,4 @@ def test_random_numbers_are_the_same_wherever_they_are_wanted():
     assert torch.equal(normal((3,), 0, "noise", keys, like), normal((3,), 0, "noise", keys).to(like))
     device = torch.device("cpu")
     assert torch.equal(integers(10, 0, "timestep", keys, device), integers(10, 0, "timestep", keys))
-    assert onto(torch.ones(2), torch.device("meta"), torch.float16).dtype == torch.float16
+    assert to_device(torch.ones(2), torch.device("meta"), torch.float16).dtype == torch.float16

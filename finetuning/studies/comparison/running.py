@@ -20,7 +20,7 @@ import yaml
 
 from finetuning.errors import InputError, RunError
 from finetuning.evaluation.score_table import as_json, write
-from finetuning.run.run import DIVERGED
+from finetuning.run.gradients import DIVERGED
 from finetuning.studies.comparison.grid import Grid, Piece, Task
 from finetuning.studies.comparison.results import choose_rates, keep_rates, read_rows
 from finetuning.studies.comparison.trainer import run_trainer
