@@ -146,16 +146,22 @@ def fields_of(config: Config) -> Iterator[tuple[Group, dataclasses.Field]]:
 
 
 def contradictions(before: dict[str, Any], now: Config, may_change: Sequence[str] = ()) -> list[str]:
-    """Settings in which a resumed run differs from its checkpoint, of those that decide the result."""
+    """Settings in which a resumed run differs from its checkpoint, of those that decide the result.
+
+    The checkpoint's values, `before`, are resolved as today's are: a None that means 8 equals 8.
+    """
     faults = []
-    for group, field in fields_of(now):
-        if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
-            continue
-        value = getattr(group, field.name)
-        if field.name not in before:
-            faults.append(f"--{field.name}: the checkpoint does not say its value")
-        elif before[field.name] != value:
-            faults.append(f"--{field.name}={show(value)}: the checkpoint was made with {show(before[field.name])}")
+    for group in groups_of(now):
+        fields = dataclasses.fields(group)
+        recorded = type(group)(**{field.name: before[field.name] for field in fields if field.name in before})
+        for field in fields:
+            if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
+                continue
+            value, value_before = getattr(group, field.name), getattr(recorded, field.name)
+            if field.name not in before:
+                faults.append(f"--{field.name}: the checkpoint does not say its value")
+            elif value_before != value:
+                faults.append(f"--{field.name}={show(value)}: the checkpoint was made with {show(value_before)}")
     return faults
 
 
