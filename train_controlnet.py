@@ -42,7 +42,7 @@ from finetuning.pictures.grid import grid
 from finetuning.randomness import seed_modules
 from finetuning.readings import onto
 from finetuning.run.run import DTYPES
-from finetuning.run_folder import COMPARISON, METRICS, VALIDATION, read_metrics
+from finetuning.run_folder import COMPARISON, COURSE, METRICS, VALIDATION, read_metrics
 from finetuning.settings.fields import read_config, run_command
 from finetuning.training.training import Losses
 from finetuning.training.validation import draw_validation
@@ -169,7 +169,7 @@ class ControlNet:
         pictures = self.sampler(batch.prompts, self.seed, batch.keys, batch.conditions)
         found = consistency(pictures, self.wanted, self.detectors)
         self.run.log(step, held_out_loss=loss.item(), **found.scores)
-        plot_course(read_metrics(self.output / METRICS), found.scores, self.output / VALIDATION / "consistency.png")
+        plot_course(read_metrics(self.output / METRICS), found.scores, self.output / VALIDATION / COURSE)
         self.run.log_picture(step, "held-out", self.picture(pictures))
         if self.shown:
             conditions, prompts = self.shown

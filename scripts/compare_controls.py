@@ -24,7 +24,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.control.scoring import (
-    CONTROLLED,
     REAL,
     WITHOUT,
     ControlTest,
@@ -34,6 +33,7 @@ from finetuning.control.scoring import (
 )
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import markdown, write, write_table
+from finetuning.run_folder import CONTROLLED, WITHOUT_CONTROL
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
 from finetuning.settings.fields import run_command
 from finetuning.studies.comparison.answers import control_table, progress
@@ -77,7 +77,7 @@ class ToyControls:
             precision=scoring.get("precision", "no"),
             batch_size=16,
         )
-        floor = grid.output_dir / "without_control" / piece.subject
+        floor = grid.output_dir / WITHOUT_CONTROL / piece.subject
         rows = score_control_run(folder, test, draw_control_run(folder, test, drawing, every=8, floor=floor))
         by_kind = {row["pictures of"]: {name: row[name] for name in SCORES} for row in rows}
         found = {"subject": piece.subject, "scoring": scoring, "facts": facts_of(folder)}

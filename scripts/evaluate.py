@@ -47,7 +47,8 @@ from finetuning.files import save_picture
 from finetuning.pictures.gallery import read_gallery, weights_of
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.run.device import choose_device
-from finetuning.run_folder import COMPARISON
+from finetuning.run_folder import COMPARISON, EVALUATION, GRID, WITHOUT_CONTROL
+from finetuning.run_folder import SCORES as SCORES_FILE
 from finetuning.settings.fields import run_command
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
@@ -122,18 +123,18 @@ def dreambooth(args: argparse.Namespace) -> dict:
     table_rows = list(rows)
     if len(rows) > 1:
         table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORES if s in rows[0]}})
-        folder = args.runs / "evaluation"
+        folder = args.runs / EVALUATION
         write_table(folder, "subjects", table_rows)
         write_table(folder, "prompts", [{"run": n, **row} for n, r in zip(names, results) for row in r["prompts"]])
-        save_picture(overview(runs, names, subjects, args.images_per_prompt), folder / "grid.png")
+        save_picture(overview(runs, names, subjects, args.images_per_prompt), folder / GRID)
     real = [{**result["real"], "run": "real photos"} for result in results]
     if scored := {s: mean_of(real, s) for s in SCORES if s in real[0]}:
         table_rows.append({"run": "real photos", **scored})
     print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORES) if c in rows[0]]))
     result = {"runs": dict(zip(names, results)), "table": table_rows}
     if len(rows) > 1:
-        write(args.runs / "evaluation" / "scores.json", as_json(result))
-    print(f"{args.runs / 'evaluation'}: tables (csv, md, json), pictures and grid.png")
+        write(args.runs / EVALUATION / SCORES_FILE, as_json(result))
+    print(f"{args.runs / EVALUATION}: tables (csv, md, json), pictures and {GRID}")
     return result
 
 
@@ -148,8 +149,8 @@ def pictures(args: argparse.Namespace) -> dict:
     repeated = [text for text in texts for _ in range(each)]
     result = score_all(args.generated.name, images, repeated, texts, photos, encoders, args.batch_size)
     result = {"protocol": {"encoders": encoders.describe()}, **result}
-    folder = args.output or args.generated / "evaluation"
-    write(folder / "scores.json", as_json(result))
+    folder = args.output or args.generated / EVALUATION
+    write(folder / SCORES_FILE, as_json(result))
     write_table(folder, "prompts", result["prompts"])
     rows = [summary(result, of=str(args.generated)), {"of": "real photos", **result["real"]}]
     write_table(folder, "subjects", rows)
@@ -171,7 +172,7 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
 
     results = {}
     for run, subject in zip(runs, subjects):
-        name, path = str(run.relative_to(args.runs)) if run != args.runs else run.name, run / "scores.json"
+        name, path = str(run.relative_to(args.runs)) if run != args.runs else run.name, run / SCORES_FILE
         key = {"scoring": record, "weights": weights_of(run)}
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if {k: found.get(k) for k in key} != key:
@@ -192,7 +193,7 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
     print(markdown(rows))
     print("subject: 0 = like any other of its class, 1 = the subject itself")
     if len(runs) > 1:
-        write_table(args.runs / "evaluation", "toyworld", rows)
+        write_table(args.runs / EVALUATION, "toyworld", rows)
     elif (picture := runs[0] / COMPARISON).is_file():
         print(f"the picture: {picture}")
     return results
@@ -235,11 +236,11 @@ def controlnet(args: argparse.Namespace) -> list[dict]:
         batch_size=args.batch_size,
         device=args.device,
     )
-    floor = None if args.only_draw else args.runs / "evaluation" / "without_control"
+    floor = None if args.only_draw else args.runs / EVALUATION / WITHOUT_CONTROL
     drawn = draw_control_run(args.runs, test, drawing, every=args.every, overwrite=args.overwrite, floor=floor)
     rows = [] if args.only_draw else score_control_run(args.runs, test, drawn)
     print(markdown(rows) if rows else "drawn, not scored")
-    print(f"control, result, overlay: {args.runs / 'evaluation' / 'grid.png'}; tables beside it")
+    print(f"control, result, overlay: {args.runs / EVALUATION / GRID}; tables beside it")
     return rows
 
 

@@ -17,6 +17,7 @@ from finetuning.evaluation.score_table import Row, mean_of
 from finetuning.evaluation.scores import Encoder, score_pictures
 from finetuning.pictures.gallery import Gallery
 from finetuning.pictures.grid import grid
+from finetuning.run_folder import EVALUATION, PICTURES
 
 SCORES = ("DINO", "Judge", "CLIP-I", "CLIP-T", "LPIPS")
 
@@ -105,7 +106,7 @@ def overview(runs: Sequence[Path], names: Sequence[str], subjects: Sequence[Subj
     """A row a run: two photos, then the first picture of its first prompts."""
     shown, rows = 6, []
     for run, subject in zip(runs, subjects):
-        gallery = Gallery(run / "evaluation" / "pictures", tuple(subject.templates), each)
+        gallery = Gallery(run / EVALUATION / PICTURES, tuple(subject.templates), each)
         pictures = [open_image(gallery.path(p, 0)) for p in range(min(shown, len(subject.templates)))]
         rows.append([*squares(subject.photos[:2], pictures[0].width), *pictures])
     templates = subjects[0].templates[:shown]

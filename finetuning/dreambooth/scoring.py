@@ -17,7 +17,7 @@ from finetuning.evaluation.score_table import as_json, write, write_table
 from finetuning.files import save_picture
 from finetuning.pictures.gallery import Gallery, weights_of
 from finetuning.run.run import DTYPES
-from finetuning.run_folder import CONFIG
+from finetuning.run_folder import CONFIG, EVALUATION, GRID, PICTURES, PICTURES_RECORD, SCORES
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, dra
     Raises:
         InputError: pictures are there that were made otherwise, or the run cannot be loaded.
     """
-    folder = run / "evaluation"
+    folder = run / EVALUATION
     words, prompts = subject.words, [subject.words.with_token(t) for t in subject.templates]
-    gallery = Gallery(folder / "pictures", tuple(prompts), drawing.images_per_prompt)
+    gallery = Gallery(folder / PICTURES, tuple(prompts), drawing.images_per_prompt)
     settings = {
         "seed": drawing.seed,
         "steps": drawing.steps or config["num_inference_steps"],
@@ -117,10 +117,10 @@ def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, dra
         "encoders": encoders.describe(),
         "texts": [words.without_token(t) for t in subject.templates],
         "photos": [path.name for path in subject.photos],
-        "pictures": json.loads((gallery.folder / "record.json").read_text(encoding="utf-8")),
+        "pictures": json.loads((gallery.folder / PICTURES_RECORD).read_text(encoding="utf-8")),
     }
     protocol = json.loads(as_json(protocol))
-    path = folder / "scores.json"
+    path = folder / SCORES
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not count else {}
     if found.get("protocol") == protocol:
         return found
@@ -130,5 +130,5 @@ def score_run(run: Path, config: dict, subject: Subject, encoders: Encoders, dra
     write(path, as_json(result))
     write_table(folder, "prompts", result["prompts"])
     write_table(folder, "subjects", [summary(result), {"subject": "real photos", **result["real"]}])
-    save_picture(score_grid(gallery, subject), folder / "grid.png")
+    save_picture(score_grid(gallery, subject), folder / GRID)
     return json.loads(path.read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ from finetuning.dataset.stream import find_images, open_image
 from finetuning.errors import InputError
 from finetuning.files import save_picture, write
 from finetuning.randomness import generator
+from finetuning.run_folder import PICTURES_RECORD
 
-RECORD = "record.json"
 PARTS = ("unet", "text_encoder", "hint_encoder", ".")  # where a run has weights; a ControlNet lies at its root
 
 
@@ -58,7 +58,7 @@ class Gallery:
         Raises:
             InputError: naming what differs.
         """
-        path, record = self.folder / RECORD, {"prompts": list(self.prompts), "each": self.each, **record}
+        path, record = self.folder / PICTURES_RECORD, {"prompts": list(self.prompts), "each": self.each, **record}
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

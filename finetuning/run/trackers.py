@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from finetuning.errors import InputError
+from finetuning.run_folder import WANDB
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class WandB:
 
         mode = None
         if "WANDB_MODE" not in os.environ and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            logger.info("wandb: there is no key, so it writes offline into %s", folder / "wandb")
+            logger.info("wandb: there is no key, so it writes offline into %s", folder / WANDB)
             mode = "offline"
         self.wandb = wandb
         self.run = wandb.init(project=project, name=name, dir=str(folder), config=configuration, mode=mode)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from finetuning.run_folder import LOGS
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
 from finetuning.settings.fields import Group, setting
@@ -205,7 +206,7 @@ class TrackerSettings(Group):
         choices=("tensorboard", "wandb", "all", "none"),
         may_change=True,
     )
-    logging_dir: str = setting("logs", "Folder of tensorboard's files, inside the output folder.", may_change=True)
+    logging_dir: str = setting(LOGS, "Folder of tensorboard's files, inside the output folder.", may_change=True)
     tracker_project_name: str = setting(
         "boft-finetuning", "Project in the tracker.", aliases=("wandb_project_name",), may_change=True
     )
