@@ -70,7 +70,7 @@ class ToyControls:
         """Scores of a run's pictures, of those without control, and of real ones."""
         folder, scoring = piece.folder(grid), grid.scoring
         controls = Controls if piece.phase == "selection" else unseen_controls
-        test = ControlTest.of(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
+        test = ControlTest.from_run(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
         drawing = Drawing(
             steps=int(scoring.get("steps", 20)),
             guidance_scale=float(scoring.get("guidance", 3)),

@@ -36,8 +36,8 @@ from finetuning.control.consistency import load_landmarks
 from finetuning.control.scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset.stream import find_images
 from finetuning.dreambooth import scoring as dreambooth_scoring
-from finetuning.dreambooth.prompts import Words, read_templates
-from finetuning.dreambooth.protocol import SCORES, Encoders, overview, score_all, summary
+from finetuning.dreambooth.picture_scores import SCORE_NAMES, Encoders, overview, score_run_pictures, summary
+from finetuning.dreambooth.prompts import SubjectPhrase, read_templates
 from finetuning.dreambooth.scoring import find_runs, read_subject, score_run
 from finetuning.errors import InputError
 from finetuning.evaluation.lpips import load_lpips
@@ -47,8 +47,7 @@ from finetuning.files import save_picture
 from finetuning.pictures.gallery import read_gallery, weights_of
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.run.device import choose_device
-from finetuning.run_folder import COMPARISON, EVALUATION, GRID, WITHOUT_CONTROL
-from finetuning.run_folder import SCORES as SCORES_FILE
+from finetuning.run_folder import COMPARISON, EVALUATION, GRID, SCORES, WITHOUT_CONTROL
 from finetuning.settings.fields import run_command
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
@@ -122,18 +121,18 @@ def dreambooth(args: argparse.Namespace) -> dict:
     rows = [summary(result, run=name) for name, result in zip(names, results)]
     table_rows = list(rows)
     if len(rows) > 1:
-        table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORES if s in rows[0]}})
+        table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORE_NAMES if s in rows[0]}})
         folder = args.runs / EVALUATION
         write_table(folder, "subjects", table_rows)
         write_table(folder, "prompts", [{"run": n, **row} for n, r in zip(names, results) for row in r["prompts"]])
         save_picture(overview(runs, names, subjects, args.images_per_prompt), folder / GRID)
     real = [{**result["real"], "run": "real photos"} for result in results]
-    if scored := {s: mean_of(real, s) for s in SCORES if s in real[0]}:
+    if scored := {s: mean_of(real, s) for s in SCORE_NAMES if s in real[0]}:
         table_rows.append({"run": "real photos", **scored})
-    print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORES) if c in rows[0]]))
+    print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORE_NAMES) if c in rows[0]]))
     result = {"runs": dict(zip(names, results)), "table": table_rows}
     if len(rows) > 1:
-        write(args.runs / EVALUATION / SCORES_FILE, as_json(result))
+        write(args.runs / EVALUATION / SCORES, as_json(result))
     print(f"{args.runs / EVALUATION}: tables (csv, md, json), pictures and {GRID}")
     return result
 
@@ -141,16 +140,16 @@ def dreambooth(args: argparse.Namespace) -> dict:
 def pictures(args: argparse.Namespace) -> dict:
     """Score pictures that were made elsewhere."""
     templates = read_templates(args.prompts)
-    words = Words("", args.class_word)
+    phrase = SubjectPhrase("", args.class_word)
     images, each = read_gallery(args.generated, templates, "--generated")
     photos = find_images(args.real, "--real")
-    texts = [words.without_token(t) for t in templates]
+    texts = [phrase.without_token(t) for t in templates]
     encoders = load_encoders(args, is_toy=False)
     repeated = [text for text in texts for _ in range(each)]
-    result = score_all(args.generated.name, images, repeated, texts, photos, encoders, args.batch_size)
+    result = score_run_pictures(args.generated.name, images, repeated, texts, photos, encoders, args.batch_size)
     result = {"protocol": {"encoders": encoders.describe()}, **result}
     folder = args.output or args.generated / EVALUATION
-    write(folder / SCORES_FILE, as_json(result))
+    write(folder / SCORES, as_json(result))
     write_table(folder, "prompts", result["prompts"])
     rows = [summary(result, of=str(args.generated)), {"of": "real photos", **result["real"]}]
     write_table(folder, "subjects", rows)
@@ -172,7 +171,7 @@ def toyworld(args: argparse.Namespace) -> dict[str, dict]:
 
     results = {}
     for run, subject in zip(runs, subjects):
-        name, path = str(run.relative_to(args.runs)) if run != args.runs else run.name, run / SCORES_FILE
+        name, path = str(run.relative_to(args.runs)) if run != args.runs else run.name, run / SCORES
         key = {"scoring": record, "weights": weights_of(run)}
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if {k: found.get(k) for k in key} != key:
@@ -218,7 +217,7 @@ def embedded_subject(config: dict) -> str:
 def controlnet(args: argparse.Namespace) -> list[dict]:
     """Score a ControlNet run; returns the table's rows."""
     more = {"landmarks": load_landmarks(str(args.device))} if args.landmarks else {}
-    test = ControlTest.of(
+    test = ControlTest.from_run(
         args.runs,
         lambda kind, part: Controls(kind, "test" if part == "held out" else part),
         load_segmentation,

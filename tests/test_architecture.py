@@ -20,7 +20,7 @@ GROUND = ("errors", "run_folder", "files", "readings", "randomness", "modes", "q
 ROOMS = {
     "studies": "recipes training adapters pictures run evaluation settings dataset models objective",
     "recipes": "dreambooth settings",
-    "dreambooth": "training publishing adapters pictures run evaluation settings dataset models",
+    "dreambooth": "builders training publishing adapters pictures run evaluation settings dataset models",
     "control": "builders training publishing adapters pictures run evaluation settings dataset models",
     "builders": "training publishing adapters pictures run settings models",
     "training": "adapters pictures run settings dataset models",

@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from finetuning.adapters.folder import ADAPTER_CONFIG, load_run_config, local_folder
 from finetuning.adapters.pipelines import load_adapter
-from finetuning.control.network import PARTS, HintEncoder, load_whole
+from finetuning.control.network import CONTROL_PARTS, HintEncoder, load_complete
 from finetuning.control.pipeline import LightControlPipeline, control_pipeline
 from finetuning.errors import InputError
 from finetuning.models.attention import choose_attention
@@ -30,9 +30,13 @@ def load_control_run(
     config = load_run_config(run)
     if "conditioning_channels" not in config:
         raise InputError(f"{run}: is a run of train_dreambooth.py; give one of train_controlnet.py")
-    is_light = (run / PARTS["light"]).is_dir()
+    is_light = (run / CONTROL_PARTS["light"]).is_dir()
     try:
-        control = load_whole(HintEncoder, run / PARTS["light"]) if is_light else load_whole(ControlNetModel, run)
+        control = (
+            load_complete(HintEncoder, run / CONTROL_PARTS["light"])
+            if is_light
+            else load_complete(ControlNetModel, run)
+        )
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"{run}: holds no sound hint encoder or ControlNet; has the run ended? {text}") from error

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from finetuning.adapters.folder import load_run_config
 from finetuning.adapters.pipelines import load_base
-from finetuning.control.builders import Labels, Rendered, build_detectors, build_streams
+from finetuning.control.builders import Labels, RenderedSource, build_detectors, build_streams
 from finetuning.control.conditions import show_condition
 from finetuning.control.consistency import Consistency, Detector, consistency, overlay, references
 from finetuning.control.loading import load_control_run
@@ -50,10 +50,10 @@ class ControlTest:
     wanted: dict[str, list]
 
     @classmethod
-    def of(
+    def from_run(
         cls,
         run: Path,
-        rendered: Rendered,
+        rendered: RenderedSource,
         toy_segments: Callable[[], Labels | None],
         *,
         count: int | None = None,

@@ -84,7 +84,7 @@ class Checkpoints:
             SaveError: the disk is full, or the folder cannot be written; nothing that existed is lost.
         """
         path = self.folder / f"checkpoint-{step}"
-        with self.mentioned(step):
+        with self.reporting_newest(step):
             write_folder(path, lambda folder: state.write(folder, step), state.size())
         if self.limit is not None:  # later ones, from before a resume, may be damaged and do not count
             for old in [p for p in self.all() if step_of(p) <= step][: -self.limit]:
@@ -92,7 +92,7 @@ class Checkpoints:
         return path
 
     @contextmanager
-    def mentioned(self, step: int):
+    def reporting_newest(self, step: int):
         """What cannot be saved inside is an error that says which checkpoint, of this step at most, stands."""
         try:
             yield
