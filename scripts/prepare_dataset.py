@@ -31,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     photos.add_argument("--token", default="qwe", help="the rare word that names the subject")
     options = parser.parse_args(argv)
     if options.kind == "embedded":
-        lines = embedded_subject(options.name)
+        subject = embedded_subject(options.name)
     else:
-        lines = dreambooth_subject(options.index, options.token)
+        subject = dreambooth_subject(options.index, options.token)
+    lines = [(name, str(getattr(subject, name))) for name in ("name", "instance_dir", "instance_prompt")]
+    lines += [("class_prompt", prompt) for prompt in subject.class_prompts]
+    for prompt, base_prompt in zip(subject.validation_prompts, subject.base_prompts):
+        lines += [("validation_prompt", prompt), ("base_prompt", base_prompt)]
     print("\n".join("\t".join(line) for line in lines))
 
 

@@ -1,4 +1,4 @@
-"""What a ControlNet run has trained, as a pipeline."""
+"""From the folder of a ControlNet run to a pipeline that draws."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ def load_control_run(
 ) -> LightControlPipeline | StableDiffusionControlNetPipeline:
     """The pipeline that a run of train_controlnet.py has trained: base, hint encoder or ControlNet, and adapter.
 
-    run: its folder, or the name of a repository on the hub that it was uploaded to.
+    Args:
+        run: the run's folder, or the name of the repository on the hub that it was uploaded to.
+        device: where the pipeline goes.
+        dtype: precision of its weights.
 
     Raises:
-        InputError: not such a run, or one that has not ended.
+        InputError: if the folder is not that of a ControlNet run, or the run has not ended.
     """
     run = local_folder(run)
     config = load_run_config(run)
