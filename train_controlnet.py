@@ -30,8 +30,8 @@ from finetuning.builders import begin, build_base, build_hub, build_sampler, bui
 from finetuning.control.builders import build_control, build_detectors, build_streams, read_validation
 from finetuning.control.card import write_card
 from finetuning.control.conditions import show_condition
-from finetuning.control.consistency import consistency, overlay, plot_course, references
-from finetuning.control.network import PARTS, predict
+from finetuning.control.consistency import consistency, overlay, plot_scores, references
+from finetuning.control.network import CONTROL_PARTS, predict
 from finetuning.control.sampler import ControlSampler
 from finetuning.control.stream import ControlBatch, ControlBatches
 from finetuning.dataset.stream import read_prompts, to_image
@@ -42,7 +42,7 @@ from finetuning.pictures.grid import grid
 from finetuning.randomness import seed_modules
 from finetuning.readings import to_device
 from finetuning.run.processes import DTYPES
-from finetuning.run_folder import COMPARISON, METRICS, VALIDATION, read_metrics
+from finetuning.run_folder import COMPARISON, COURSE, METRICS, VALIDATION, read_metrics
 from finetuning.settings.reading import read_config, run_command
 from finetuning.training.training import Losses
 from finetuning.training.validation import draw_validation
@@ -99,7 +99,7 @@ class ControlNet:
             InputError: with everything that is wrong.
         """
         self.output, self.seed = Path(config.checkpoints.output_dir), config.optimization.seed
-        self.B, self.part = config.optimization.train_batch_size, PARTS[config.kind]
+        self.B, self.part = config.optimization.train_batch_size, CONTROL_PARTS[config.kind]
 
         # Processes and base model:
         self.run, self.base, config = build_base(config)
@@ -157,7 +157,7 @@ class ControlNet:
         if data.pre_compute_text_embeddings:
             prompts = [stream.source[index][2] for index in stream.chosen(stream.size)]
             encoding.keep(["", *prompts, *self.held_out.prompts])
-        self.training.share()
+        self.training.wrap_modules()
 
     # On the way, and at the end, in the first process
 
@@ -169,7 +169,7 @@ class ControlNet:
         pictures = self.sampler(batch.prompts, self.seed, batch.keys, batch.conditions)
         found = consistency(pictures, self.wanted, self.detectors)
         self.run.log(step, held_out_loss=loss.item(), **found.scores)
-        plot_course(read_metrics(self.output / METRICS), found.scores, self.output / VALIDATION / "consistency.png")
+        plot_scores(read_metrics(self.output / METRICS), found.scores, self.output / VALIDATION / COURSE)
         self.run.log_picture(step, "held-out", self.picture(pictures))
         if self.shown:
             conditions, prompts = self.shown

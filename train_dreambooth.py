@@ -26,20 +26,21 @@ if __name__ == "__main__":
 
 import torch
 
-from finetuning.adapters.adapter import disabled
-from finetuning.builders import begin, build_adapters, build_base, build_hub, build_sampler, build_training
-from finetuning.dataset.captions import read_prompt
-from finetuning.dataset.stream import Batch, Batches, ImageStream, Transform, find_examples, open_image, read_prompts
-from finetuning.dreambooth.before_after import Draw, before_and_after
+from finetuning.builders import begin, build_adapters, build_base, build_hub, build_training
+from finetuning.dataset.stream import Batch, Batches
+from finetuning.dreambooth.builders import (
+    build_class_stream,
+    build_photos,
+    build_samplers,
+    check_images_and_prompts,
+    draw_comparison,
+    with_prompts_read,
+)
 from finetuning.dreambooth.card import write_card
-from finetuning.dreambooth.prior import build_prior_stream, check_prior
 from finetuning.dreambooth.teacher import Teacher
-from finetuning.errors import InputError
 from finetuning.files import save_picture
-from finetuning.models.loading import load_stable_diffusion
 from finetuning.objective.diffusion import mean_squared_error
 from finetuning.randomness import seed_modules
-from finetuning.run.processes import DTYPES
 from finetuning.run_folder import COMPARISON
 from finetuning.settings.reading import read_config, run_command
 from finetuning.training.checkpoint import write_pipeline
@@ -114,40 +115,17 @@ class DreamBooth:
 
         # Processes and base model:
         self.run, self.base, config = build_base(config)
-        self.config = config = config.with_values(
-            instance_prompt=read_prompt(config.subject.instance_prompt, "--instance_prompt"),
-            class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
-            validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
-            base_prompt=read_prompts(config.validation.base_prompt, "--base_prompt"),
-        )
-        data, prior, subject = config.data, config.prior, config.subject
-        self.sampler, self.class_sampler = (
-            build_sampler(self.base, config.validation, data.resolution, prior.sample_batch_size, DTYPES[precision])
-            for precision in (config.model.mixed_precision, prior.precision or config.model.mixed_precision)
-        )
+        self.config = config = with_prompts_read(config)
+        self.sampler, self.class_sampler = build_samplers(self.base, config)
 
         # Photos, prompts, class images:
-        self.photos = self.held_out_photos = self.photo_stream(subject.instance_data_dir, "--instance_data_dir")
-        if subject.held_out_data_dir is not None:
-            self.held_out_photos = self.photo_stream(subject.held_out_data_dir, "--held_out_data_dir")
-        examples = [*self.photos.examples, *self.held_out_photos.examples]
-        for flag, prompts in {
-            "--instance_prompt": [e.prompt for e in examples if not e.origin],
-            "--class_prompt": prior.class_prompt,
-            "--validation_prompt": config.validation.validation_prompt,
-            "--base_prompt": config.validation.base_prompt,
-        }.items():
-            self.base.check_prompts(prompts, flag)
-        if data.cache_latents and not self.photos.is_cacheable():
-            raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
-        if prior.uses_images:
-            examples += check_prior(prior, self.class_sampler, self.base.fingerprint, self.seed)
-        self.base.check_captions([(e.origin, e.prompt) for e in examples if e.origin], data.long_captions)
+        self.photos, self.held_out_photos = build_photos(config)
+        check_images_and_prompts(config, self.base, (self.photos, self.held_out_photos), self.class_sampler)
 
         # What is trained, and where it begins:
         self.teacher = None
-        if prior.uses_teacher:
-            self.teacher = Teacher(self.base, prior.class_prompt, is_changed=config.adapter.kind == "full")
+        if config.prior.uses_teacher:
+            self.teacher = Teacher(self.base, config.prior.class_prompt, is_changed=config.adapter.kind == "full")
         seed_modules(self.seed, "initial weights")
         self.adapters = build_adapters(self.base, config.adapter, config.model.gradient_checkpointing)
         self.training = build_training(
@@ -162,35 +140,23 @@ class DreamBooth:
         self.hub = build_hub(config.tracking, self.output)
         self.run.wait()  # nobody writes before all have looked
 
-    def photo_stream(self, folder: str, flag: str) -> ImageStream:
-        """The photos of a folder, all of which can be read."""
-        data = self.config.data
-        examples = find_examples(folder, self.config.subject.instance_prompt, flag)
-        stream = ImageStream(
-            "instance", examples, Transform(data.resolution, data.center_crop, data.random_flip), self.seed
-        )
-        stream.check()
-        return stream
-
     def prepare(self) -> None:
         """Make class images, open the folder, and compute once what never changes."""
-        config, base, encoding = self.config, self.base, self.training.encoding
+        config, encoding = self.config, self.training.encoding
         self.streams, held_out = [self.photos], [self.held_out_photos]
         if config.prior.with_prior_preservation:
-            class_stream = build_prior_stream(
-                config.prior, self.photos, self.class_sampler, self.adapters, base.fingerprint, self.run
-            )
-            self.streams.append(class_stream)
-            held_out.append(class_stream)
+            of_class = build_class_stream(config.prior, self.photos, self.class_sampler, self.adapters, self.run)
+            self.streams.append(of_class)
+            held_out.append(of_class)
         begin(self.training, config, config.adapter.kind, f"{len(self.photos.examples)} photos")
         self.held_out = [stream.fixed(HELD_OUT) for stream in held_out]
         for stream in self.streams:
             if config.data.cache_latents is not False and stream.is_cacheable():
-                stream.cache(base.moments)
+                stream.cache(self.base.moments)
         if config.data.pre_compute_text_embeddings is not False and not config.adapter.train_text_encoder:
             prompts = [example.prompt for stream in self.streams for example in stream.examples]
-            encoding.keep([*prompts, *(p for batch in self.held_out for p in batch.prompts)])
-        self.training.share()
+            encoding.keep([*prompts, *(prompt for batch in self.held_out for prompt in batch.prompts)])
+        self.training.wrap_modules()
 
     # On the way, and at the end, in the first process
 
@@ -213,38 +179,13 @@ class DreamBooth:
             write_pipeline(self.output, self.base.pipeline())
         else:
             self.training.write_adapters(self.output)
-        if prompts := config.validation.validation_prompt:
-            crop = Transform(config.data.resolution, center_crop=True).crop
-            comparison = before_and_after(
-                self.sampler,
-                self.draw_before(),
-                self.seed,
-                prompts=prompts,
-                base_prompts=config.validation.base_prompt or prompts,
-                class_prompt=next(iter(config.prior.class_prompt), None),
-                photos=[crop(open_image(example.path)) for example in self.photos.examples],
-                photo_caption=f"photos\n“{config.subject.instance_prompt}”",
-            )
+        if comparison := draw_comparison(config, self.sampler, self.adapters, self.photos, self.run):
             picture = self.output / COMPARISON
             save_picture(comparison, picture)
             self.run.say(f"before and after: {picture}")
         write_card(self.output, config, self.base.name, self.training, picture)
         if self.hub:
             self.run.say(f"uploaded: {self.hub.upload(self.output)}")
-
-    def draw_before(self) -> Draw:
-        """How the base draws: itself with its adapters switched off, or where all of it was trained, loaded again."""
-        model = self.config.model
-        if self.config.adapter.kind == "full":
-            base = load_stable_diffusion(self.base.name, self.base.revision, model.variant, model.tokenizer_name)
-            base.freeze(self.run.dtype, self.run.device)
-            return self.sampler.of(base)
-
-        def draw(prompts, seed, keys):
-            with disabled(self.adapters.values()):
-                return self.sampler(prompts, seed, keys)
-
-        return draw
 
 
 if __name__ == "__main__":

@@ -39,55 +39,53 @@ CONTROL_VARIABLES = {
     "BATCH_SIZE": "--train_batch_size",
     "DATASET_NAME": "--dataset_name",
 }
-INSTEAD = {"BLOCK_SIZE": "--boft_block_num=0", "BLOCK_NUM": "--boft_block_size=0"}  # one follows from the other
-XFORMERS = "import torch, xformers; assert torch.cuda.is_available()"
-MOST_THREADS = 8  # more do not help a model of this size
+# The size of blocks follows from their number and the other way round: who sets one unsets the recipe's other one.
+INSTEAD = {"BLOCK_SIZE": "--boft_block_num=0", "BLOCK_NUM": "--boft_block_size=0"}
+XFORMERS = "import torch, xformers; assert torch.cuda.is_available()"  # fails where xformers cannot be used
+MOST_THREADS = 8  # more do not speed up the small embedded model
 
 
 def dreambooth_command(environment: Mapping[str, str], index: int | None, more: Sequence[str]) -> list[str]:
     """Flags of train_dreambooth.py that teach a subject.
 
     Args:
-        environment: its variables replace what was found or is in the recipe.
-        index: of a subject of google/dreambooth; None = the embedded one that SUBJECT names.
-        more: further flags.
+        environment: its variables, such as STEPS, override the recipe and the subject's own prompts and folders.
+        index: of a subject of google/dreambooth. None = the embedded subject that SUBJECT names.
+        more: further flags, which override everything.
 
     Raises:
-        InputError: there is no such subject.
+        InputError: if there is no such subject.
     """
     get, model = environment.get, model_name(environment, more)
     if index is None:
-        found = list(embedded_subject(get("SUBJECT") or DEFAULT_SUBJECT))
+        subject = embedded_subject(get("SUBJECT") or DEFAULT_SUBJECT)
     else:
-        found = list(dreambooth_subject(index, get("UNIQUE_TOKEN") or "qwe"))
-    one = dict(found)  # of the keys that occur once
-    of_class, of_validation, of_base = (
-        [value for key, value in found if key == f"{kind}_prompt"] for kind in ("class", "validation", "base")
-    )
+        subject = dreambooth_subject(index, get("UNIQUE_TOKEN") or "qwe")
+    class_prompts, prompts, base_prompts = subject.class_prompts, subject.validation_prompts, subject.base_prompts
     if get("CLASS_PROMPT"):
-        of_class = [environment["CLASS_PROMPT"]]
+        class_prompts = [environment["CLASS_PROMPT"]]
     if get("VALIDATION_PROMPT"):
-        of_validation, of_base = [environment["VALIDATION_PROMPT"]], []
-    class_folder = ROOT / "data" / "class_images" / os.path.basename(os.path.abspath(model)) / one["name"]
+        prompts, base_prompts = [environment["VALIDATION_PROMPT"]], []
+    class_folder = ROOT / "data" / "class_images" / os.path.basename(os.path.abspath(model)) / subject.name
     return [
         f"--recipe={recipe('dreambooth', model)}",
         f"--pretrained_model_name_or_path={model}",
-        f"--instance_data_dir={get('INSTANCE_DIR') or one['instance_dir']}",
-        f"--instance_prompt={get('INSTANCE_PROMPT') or one['instance_prompt']}",
+        f"--instance_data_dir={get('INSTANCE_DIR') or subject.instance_dir}",
+        f"--instance_prompt={get('INSTANCE_PROMPT') or subject.instance_prompt}",
         f"--class_data_dir={get('CLASS_DIR') or class_folder}",
-        "--class_prompt", *of_class,
-        "--validation_prompt", *of_validation,
-        *(["--base_prompt", *of_base] if of_base else []),
-        f"--output_dir={dreambooth_output(environment, index, one['name'])}", "--overwrite_output_dir",
+        "--class_prompt", *class_prompts,
+        "--validation_prompt", *prompts,
+        *(["--base_prompt", *base_prompts] if base_prompts else []),
+        f"--output_dir={dreambooth_output(environment, index, subject.name)}", "--overwrite_output_dir",
         f"--report_to={'tensorboard' if index is None else 'wandb'}",  # wandb: offline where there is no key
-        "--wandb_project_name=dreambooth", f"--wandb_run_name={one['name']}",
+        "--wandb_project_name=dreambooth", f"--wandb_run_name={subject.name}",
         *_from_variables(DREAMBOOTH_VARIABLES, environment),
         *_attention(model), *more,
     ]  # fmt: skip
 
 
 def control_command(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """Flags of train_controlnet.py that teach a light control; arguments as of `dreambooth_command`."""
+    """Flags of train_controlnet.py that teach a light control; for the arguments see `dreambooth_command`."""
     model, output = model_name(environment, more), control_output(environment)
     own_data = ["--dataset_name=None", "--conditioning=None"] if flag_in(more, "--train_data_dir") else []
     return [
@@ -101,30 +99,30 @@ def control_command(environment: Mapping[str, str], more: Sequence[str]) -> list
 
 
 def dreambooth_output(environment: Mapping[str, str], index: int | None, name: str) -> str:
-    """The folder of the run."""
+    """The run's folder: OUTPUT_DIR, or one below data/output. `name` is the subject's."""
     folder = ROOT / "data" / "output" / "dreambooth"
     return environment.get("OUTPUT_DIR") or str(folder if index is None else folder / name)
 
 
 def control_output(environment: Mapping[str, str]) -> str:
-    """The folder of the run."""
+    """The run's folder: OUTPUT_DIR, or the one below data/output."""
     return environment.get("OUTPUT_DIR") or str(ROOT / "data" / "output" / "controlnet")
 
 
 def model_name(environment: Mapping[str, str], more: Sequence[str]) -> str:
-    """The base model that is meant; the embedded one where nobody says another."""
+    """The base model: that of the flag in `more`, else of MODEL_NAME, else the embedded one."""
     return flag_in(more, "--pretrained_model_name_or_path") or environment.get("MODEL_NAME") or EMBEDDED_BASE
 
 
 def flag_in(arguments: Sequence[str], flag: str) -> str | None:
-    """The last value of a flag on a command line, --flag=value or --flag value; None = it is not there."""
+    """The last value of a flag on a command line, as --flag=value or --flag value. None if the flag is not there."""
     values = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
     values += [value for before, value in itertools.pairwise(arguments) if before == flag]
     return values[-1] if values else None
 
 
 def is_embedded(model: str) -> bool:
-    """Whether a path leads to the embedded base, however it is written; a name on the hub does not."""
+    """Whether a model is the embedded base, by whatever path; a name on the hub never is."""
     return os.path.exists(model) and os.path.samefile(model, EMBEDDED_BASE)
 
 
@@ -134,7 +132,10 @@ def recipe(trainer: str, model: str) -> str:
 
 
 def launch_command(environment: Mapping[str, str]) -> list[str]:
-    """How a trainer is started: by accelerate where that is configured, or where ACCELERATE holds flags for it."""
+    """The words before a trainer's script: Python alone, or `accelerate launch` where it is configured.
+
+    ACCELERATE holds flags for it, which also ask for it where it is not configured.
+    """
     flags, home = environment.get("ACCELERATE"), environment.get("HF_HOME")
     cache = Path(home) if home else Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     if not flags and not (cache / "accelerate" / "default_config.yaml").is_file():
@@ -144,7 +145,10 @@ def launch_command(environment: Mapping[str, str]) -> list[str]:
 
 
 def threads(environment: Mapping[str, str], model: str) -> dict[str, str]:
-    """OMP_NUM_THREADS for training; on the embedded base as many as there are cores, but no more than help."""
+    """The variable OMP_NUM_THREADS for training on the embedded base: as many as there are cores, at most 8.
+
+    Empty where the user has set it, or for other models, for which torch chooses.
+    """
     if environment.get("OMP_NUM_THREADS") or not is_embedded(model):
         return {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -152,7 +156,11 @@ def threads(environment: Mapping[str, str], model: str) -> dict[str, str]:
 
 
 def check_scored(index: int | None, environment: Mapping[str, str], more: Sequence[str]) -> None:
-    """Raises InputError if the embedded judge will not know the subject that is to be trained."""
+    """Check that the embedded judge knows the subject that is to be trained, before the training.
+
+    Raises:
+        InputError: if it does not.
+    """
     given = "the subject of an index" if index is not None else environment.get("INSTANCE_DIR") or flag_in(
         more, "--instance_data_dir"
     )  # fmt: skip
@@ -172,7 +180,7 @@ def _from_variables(variables: Mapping[str, str], environment: Mapping[str, str]
 
 
 def _attention(model: str) -> list[str]:
-    """xformers' attention, on a GPU where it is installed."""
+    """The flag for xformers' attention, for large models on a GPU where xformers is installed."""
     if is_embedded(model) or subprocess.run([sys.executable, "-c", XFORMERS], stderr=subprocess.DEVNULL).returncode:
         return []
     return ["--enable_xformers_memory_efficient_attention"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CONFIG = "config.yaml"  # every setting, as --config reads it
@@ -18,6 +18,17 @@ STATE = "training_state.pt"  # in a checkpoint: optimizer, schedule, counters
 CARD = "README.md"  # written at the very end
 COMPARISON = "comparison.png"
 VALIDATION = "validation"  # folder of the pictures that are drawn during training
+COURSE = "consistency.png"  # in VALIDATION: a plot of the scores of control over the steps
+LOGS = "logs"  # folder of tensorboard's files, unless --logging_dir names another
+WANDB = "wandb"  # folder of wandb's files
+EVALUATION = "evaluation"  # folder of the pictures and tables that scripts/evaluate.py makes of a run
+PICTURES = "pictures"  # in EVALUATION: the pictures that are scored, of a DreamBooth run
+CONTROLLED = "controlled"  # in EVALUATION: the same of a ControlNet run
+WITHOUT_CONTROL = "without_control"  # in EVALUATION: pictures of the same prompts without control
+PICTURES_RECORD = "record.json"  # in each folder of pictures to be scored: how they were made
+SCORES = "scores.json"  # in EVALUATION, and beside it what the toy world's judge says
+GRID = "grid.png"  # in EVALUATION: an overview of the pictures
+REPORT = "report.html"
 MANIFEST = "manifest.json"  # in each part: its files and their hashes
 PARTS = (
     "unet", "text_encoder", "hint_encoder", "controlnet", "vae", "tokenizer", "scheduler", "safety_checker",
@@ -27,6 +38,20 @@ WEIGHT_FOLDERS = ("unet", "text_encoder", "hint_encoder", ".")  # with trained w
 FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", CARD, COMPARISON)
 ADAPTERS = ("adapter_config.json", "adapter_model.*")  # of peft; a run writes them into unet/, never here
 RECORDS = (CONFIG, METRICS, ENVIRONMENT)  # exist from the beginning of a run
+_SCORED = (PICTURES_RECORD, "[0-9][0-9][0-9]-*.png")  # as pictures/gallery.py names them
+_JUDGED = {  # {folder: patterns} of what the tools that look at a result leave beside it
+    ".": (REPORT, SCORES, f"{Path(SCORES).stem}-*.json"),
+    EVALUATION: (SCORES, GRID, "*.csv", "*.md"),
+    f"{EVALUATION}/{PICTURES}": _SCORED,
+    f"{EVALUATION}/{CONTROLLED}": _SCORED,
+    f"{EVALUATION}/{WITHOUT_CONTROL}": _SCORED,
+}
+_LOGGED = {  # {folder: patterns} of what a run writes on the way
+    ".": RECORDS,
+    VALIDATION: (COURSE, "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"),
+    WANDB: ("run-*", "offline-run-*", "latest-run", "debug*.log"),
+}
+_EVENTS = ("events.out.tfevents.*",)  # tensorboard's files
 
 
 def results_in(folder: Path) -> list[str]:
@@ -38,6 +63,31 @@ def outputs_in(folder: Path) -> list[str]:
     """Names of the files and folders here that a run writes at any time, and of adapters that other programs wrote."""
     more = [path.name for pattern in (*RECORDS, *ADAPTERS) for path in sorted(folder.glob(pattern))]
     return results_in(folder) + more
+
+
+def judged_in(folder: Path) -> list[Path]:
+    """What the tools that look at a run's result have left in its folder: scores, tables, pictures, the report."""
+    return _matching(folder, _JUDGED)
+
+
+def logged_in(folder: Path, logs: str = LOGS) -> list[Path]:
+    """What a run has written on the way: its records, logs and validation pictures.
+
+    Args:
+        folder: the run's folder.
+        logs: the folder of tensorboard's files, as --logging_dir of that run had it.
+    """
+    return _matching(folder, {**_LOGGED, LOGS: _EVENTS, logs: (*_LOGGED.get(logs, ()), *_EVENTS)})
+
+
+def _matching(folder: Path, patterns: Mapping[str, Sequence[str]]) -> list[Path]:
+    """Paths that match patterns, {place in the folder: patterns}; links are not followed out of their places."""
+    found, root = [], folder.resolve()
+    for place, names in patterns.items():
+        inside = (folder / place).resolve()
+        if inside.is_dir() and inside == root / place and inside.is_relative_to(root):
+            found += [path for name in names for path in sorted((folder / place).glob(name))]
+    return found
 
 
 def was_interrupted(folder: Path) -> bool:

@@ -30,7 +30,6 @@ if __name__ == "__main__":
     config = parse_or_exit(GridConfig, __doc__)  # before the slow imports
 
 from finetuning.control.scoring import (
-    CONTROLLED,
     REAL,
     WITHOUT,
     ControlTest,
@@ -39,6 +38,7 @@ from finetuning.control.scoring import (
     score_control_run,
 )
 from finetuning.evaluation.score_table import markdown, write, write_table
+from finetuning.run_folder import CONTROLLED, WITHOUT_CONTROL
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
 from finetuning.studies.comparison.answers import control_table, progress
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
@@ -77,14 +77,14 @@ class ToyControls:
         """Score pictures of a run, pictures of the base without control, and real ones."""
         folder, scoring = piece.folder(grid), grid.scoring
         controls = Controls if piece.phase == "selection" else unseen_controls
-        test = ControlTest.of(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
+        test = ControlTest.from_run(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
         drawing = Drawing(
             steps=int(scoring.get("steps", 20)),
             guidance_scale=float(scoring.get("guidance", 3)),
             precision=scoring.get("precision", "no"),
             batch_size=16,
         )
-        floor = grid.output_dir / "without_control" / piece.subject
+        floor = grid.output_dir / WITHOUT_CONTROL / piece.subject
         rows = score_control_run(folder, test, draw_control_run(folder, test, drawing, every=8, floor=floor))
         by_kind = {row["pictures of"]: {name: row[name] for name in SCORES} for row in rows}
         found = {"subject": piece.subject, "scoring": scoring, "facts": facts_of(folder)}

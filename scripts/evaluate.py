@@ -48,8 +48,8 @@ from finetuning.control.consistency import load_landmarks
 from finetuning.control.scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset.stream import find_images
 from finetuning.dreambooth import scoring as dreambooth_scoring
-from finetuning.dreambooth.prompts import Words, read_templates
-from finetuning.dreambooth.protocol import SCORES, Encoders, overview, score_all, summary
+from finetuning.dreambooth.picture_scores import SCORE_NAMES, Encoders, overview, score_run_pictures, summary
+from finetuning.dreambooth.prompts import SubjectPhrase, read_templates
 from finetuning.dreambooth.scoring import find_runs, read_subject, score_run
 from finetuning.errors import InputError
 from finetuning.evaluation.encoders import Encoder, Preprocessing, load_clip, load_dino
@@ -59,7 +59,7 @@ from finetuning.files import save_picture
 from finetuning.pictures.gallery import read_gallery, weights_of
 from finetuning.pictures.generation import choose_scheduler
 from finetuning.run.device import choose_device
-from finetuning.run_folder import COMPARISON
+from finetuning.run_folder import COMPARISON, EVALUATION, GRID, SCORES, WITHOUT_CONTROL
 from toyworld.controls import Controls
 from toyworld.judge import InstanceJudge
 from toyworld.measure import generate
@@ -134,35 +134,35 @@ def dreambooth(config: DreamBoothScoreConfig) -> None:
     rows = [summary(result, run=name) for name, result in zip(names, results)]
     table_rows = list(rows)
     if len(rows) > 1:
-        table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORES if s in rows[0]}})
-        folder = root / "evaluation"
+        table_rows.append({"run": "mean over runs", **{s: mean_of(rows, s) for s in SCORE_NAMES if s in rows[0]}})
+        folder = root / EVALUATION
         write_table(folder, "subjects", table_rows)
         write_table(folder, "prompts", [{"run": n, **row} for n, r in zip(names, results) for row in r["prompts"]])
-        save_picture(overview(runs, names, subjects, scored.images_per_prompt), folder / "grid.png")
+        save_picture(overview(runs, names, subjects, scored.images_per_prompt), folder / GRID)
     real = [{**result["real"], "run": "real photos"} for result in results]
-    if means := {s: mean_of(real, s) for s in SCORES if s in real[0]}:
+    if means := {s: mean_of(real, s) for s in SCORE_NAMES if s in real[0]}:
         table_rows.append({"run": "real photos", **means})
-    print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORES) if c in rows[0]]))
+    print(markdown(table_rows, [c for c in ("run", "subject", "pictures", "excluded", *SCORE_NAMES) if c in rows[0]]))
     result = {"runs": dict(zip(names, results)), "table": table_rows}
     if len(rows) > 1:
-        write(root / "evaluation" / "scores.json", as_json(result))
-    print(f"{root / 'evaluation'}: tables (csv, md, json), pictures and grid.png")
+        write(root / EVALUATION / SCORES, as_json(result))
+    print(f"{root / EVALUATION}: tables (csv, md, json), pictures and {GRID}")
 
 
 def pictures(config: PictureScoreConfig) -> None:
     """Score pictures that were made elsewhere."""
     scored, generated = config.scored, Path(config.scored.generated)
     templates = read_templates(scored.prompts)
-    words = Words("", scored.class_word)
+    phrase = SubjectPhrase("", scored.class_word)
     images, each = read_gallery(generated, templates, "--generated")
     photos = find_images(Path(scored.real), "--real")
-    texts = [words.without_token(t) for t in templates]
+    texts = [phrase.without_token(t) for t in templates]
     encoders = load_encoders(config.encoders, choose_device(config.work.device), is_toy=False)
     repeated = [text for text in texts for _ in range(each)]
-    result = score_all(generated.name, images, repeated, texts, photos, encoders, config.work.batch_size)
+    result = score_run_pictures(generated.name, images, repeated, texts, photos, encoders, config.work.batch_size)
     result = {"protocol": {"encoders": encoders.describe()}, **result}
-    folder = Path(scored.output) if scored.output else generated / "evaluation"
-    write(folder / "scores.json", as_json(result))
+    folder = Path(scored.output) if scored.output else generated / EVALUATION
+    write(folder / SCORES, as_json(result))
     write_table(folder, "prompts", result["prompts"])
     rows = [summary(result, of=str(generated)), {"of": "real photos", **result["real"]}]
     write_table(folder, "subjects", rows)
@@ -184,7 +184,7 @@ def toyworld(config: ToyworldScoreConfig) -> None:
 
     results = {}
     for run, subject in zip(runs, subjects):
-        name, path = str(run.relative_to(root)) if run != root else run.name, run / "scores.json"
+        name, path = str(run.relative_to(root)) if run != root else run.name, run / SCORES
         key = {"scoring": record, "weights": weights_of(run)}
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if {k: found.get(k) for k in key} != key:
@@ -205,7 +205,7 @@ def toyworld(config: ToyworldScoreConfig) -> None:
     print(markdown(rows))
     print("subject: 0 = like any other of its class, 1 = the subject itself")
     if len(runs) > 1:
-        write_table(root / "evaluation", "toyworld", rows)
+        write_table(root / EVALUATION, "toyworld", rows)
     elif (picture := runs[0] / COMPARISON).is_file():
         print(f"the picture: {picture}")
 
@@ -230,7 +230,7 @@ def controlnet(config: ControlScoreConfig) -> None:
     """Score how the pictures of a ControlNet run follow their controls."""
     scored, run, device = config.scored, Path(config.scored.run), choose_device(config.work.device)
     more = {"landmarks": load_landmarks(str(device))} if scored.landmarks else {}
-    test = ControlTest.of(
+    test = ControlTest.from_run(
         run,
         lambda kind, part: Controls(kind, "test" if part == "held out" else part),
         load_segmentation,
@@ -248,11 +248,11 @@ def controlnet(config: ControlScoreConfig) -> None:
         batch_size=config.work.batch_size,
         device=device,
     )
-    floor = None if scored.only_draw else run / "evaluation" / "without_control"
+    floor = None if scored.only_draw else run / EVALUATION / WITHOUT_CONTROL
     drawn = draw_control_run(run, test, drawing, every=scored.every, overwrite=config.drawing.overwrite, floor=floor)
     rows = [] if scored.only_draw else score_control_run(run, test, drawn)
     print(markdown(rows) if rows else "drawn, not scored")
-    print(f"control, result, overlay: {run / 'evaluation' / 'grid.png'}; tables beside it")
+    print(f"control, result, overlay: {run / EVALUATION / GRID}; tables beside it")
 
 
 # The command line

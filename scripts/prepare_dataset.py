@@ -24,9 +24,13 @@ from finetuning.settings.studies import SUBJECTS, DreamBoothSubjectConfig, Embed
 def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(SUBJECTS, argv, __doc__)
     if isinstance(config, EmbeddedSubjectConfig):
-        lines = embedded_subject(config.subject.name)
+        subject = embedded_subject(config.subject.name)
     elif isinstance(config, DreamBoothSubjectConfig):
-        lines = dreambooth_subject(config.subject.index, config.subject.token)
+        subject = dreambooth_subject(config.subject.index, config.subject.token)
+    lines = [(name, str(getattr(subject, name))) for name in ("name", "instance_dir", "instance_prompt")]
+    lines += [("class_prompt", prompt) for prompt in subject.class_prompts]
+    for prompt, base_prompt in zip(subject.validation_prompts, subject.base_prompts):
+        lines += [("validation_prompt", prompt), ("base_prompt", base_prompt)]
     print("\n".join("\t".join(line) for line in lines))
 
 

@@ -20,7 +20,7 @@ GROUND = ("errors", "run_folder", "files", "readings", "randomness", "modes", "q
 ROOMS = {
     "studies": "recipes training adapters pictures run evaluation settings dataset models objective",
     "recipes": "dreambooth settings",
-    "dreambooth": "training publishing adapters pictures run evaluation settings dataset models",
+    "dreambooth": "builders training publishing adapters pictures run evaluation settings dataset models",
     "control": "builders training publishing adapters pictures run evaluation settings dataset models",
     "builders": "training publishing adapters pictures run settings models",
     "training": "adapters pictures run settings dataset models",
@@ -151,7 +151,8 @@ WORDS = {
     "base models": (r"\b(UNet2DConditionModel|\w+Transformer2DModel|StableDiffusion\w*Pipeline)\b",
                     {"models", "control", "studies", "publishing", "export"}),
     "processes": (r"^\s*(from|import) accelerate\b", {"run"}),
-    "a run's files": (r"[\"'](config\.yaml|metrics\.jsonl|environment\.json|training_state\.pt|comparison\.png)[\"']",
+    "a run's files": (r"[\"'](config\.yaml|metrics\.jsonl|environment\.json|training_state\.pt|scores\.json"
+                      r"|(comparison|consistency)\.png|without_control)[\"']|/ [\"'](report\.html|evaluation)[\"']",
                       {"run_folder"}),
 }  # fmt: skip
 

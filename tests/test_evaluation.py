@@ -20,7 +20,7 @@ from conftest import build_tokenizer, draw_photo
 from PIL import Image
 from training import flags, run
 
-from finetuning.dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, Words, find_words
+from finetuning.dreambooth.prompts import LIVE_PROMPTS, OBJECT_PROMPTS, SubjectPhrase, find_subject_phrase
 from finetuning.errors import InputError
 from finetuning.evaluation import lpips as lpips_module
 from finetuning.evaluation.encoders import IMAGENET, Preprocessing, load_clip, load_dino
@@ -129,25 +129,28 @@ def test_lpips_is_a_distance(tmp_path):
 
 
 def test_prompts_with_and_without_the_token():
-    words = find_words("a photo of qwe stuffed animal", ["a photo of a stuffed animal"])
-    assert words == Words("qwe", "stuffed animal")
+    words = find_subject_phrase("a photo of qwe stuffed animal", ["a photo of a stuffed animal"])
+    assert words == SubjectPhrase("qwe", "stuffed animal")
     assert words.with_token("a {} in the snow") == "a qwe stuffed animal in the snow"
     assert words.without_token("a red {}") == "a red stuffed animal"
     assert words.without_token("a photo of {} on the beach") == "a photo of a stuffed animal on the beach"
-    assert Words("qwe", "umbrella").without_token("a {} in the snow") == "an umbrella in the snow"
+    assert SubjectPhrase("qwe", "umbrella").without_token("a {} in the snow") == "an umbrella in the snow"
     assert words.template("a photo of qwe stuffed animal here") == "a photo of {} here"
-    assert find_words("a photo of qwe mug", class_word="mug") == Words("qwe", "mug")
+    assert find_subject_phrase("a photo of qwe mug", class_word="mug") == SubjectPhrase("qwe", "mug")
 
 
 def test_the_protocol_has_25_prompts_for_things_and_25_for_what_lives():
     assert len(set(OBJECT_PROMPTS)) == len(set(LIVE_PROMPTS)) == 25
-    assert Words("qwe", "dog").templates() == LIVE_PROMPTS and Words("qwe", "toy").templates() == OBJECT_PROMPTS
+    assert (
+        SubjectPhrase("qwe", "dog").templates() == LIVE_PROMPTS
+        and SubjectPhrase("qwe", "toy").templates() == OBJECT_PROMPTS
+    )
 
 
 @pytest.mark.parametrize("prompt", ["a photo of qwe", "a photo of a mug"])
 def test_a_prompt_without_token_or_class_asks_for_the_class_word(prompt):
     with pytest.raises(InputError, match="--class_word"):
-        find_words(prompt, ["a photo of a mug"] if "mug" in prompt else ())
+        find_subject_phrase(prompt, ["a photo of a mug"] if "mug" in prompt else ())
 
 
 # Tables

@@ -27,7 +27,7 @@ from training import run as train
 
 from finetuning.adapters.pipelines import load_adapter, load_base, unload_adapter
 from finetuning.control.loading import load_control_run
-from finetuning.control.network import make_full, make_light
+from finetuning.control.network import new_controlnet, new_hint_encoder
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import fields_of
@@ -56,8 +56,8 @@ def world(toy_base, tmp_path_factory) -> Path:
         steps = ("--max_train_steps=2", "--checkpointing_steps=1", "--train_batch_size=1")
         assert train(*flags(folder / "base", folder / "photos", folder / name, *steps, adapter=adapter)) == 0
     unet = load_base(str(folder / "base")).unet
-    make_light(unet, 2, 3).save_pretrained(folder / "light" / "hint_encoder")
-    make_full(unet, 2, 3).save_pretrained(folder / "full")
+    new_hint_encoder(unet, 2, 3).save_pretrained(folder / "light" / "hint_encoder")
+    new_controlnet(unet, 2, 3).save_pretrained(folder / "full")
     for name, adapter in (("light", BOFT), ("full", ())):
         argv = control_flags(folder / "base", folder / "data", folder / name, adapter=adapter)
         read_config(ControlNetConfig, argv).save(folder / name / "config.yaml")

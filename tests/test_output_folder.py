@@ -107,6 +107,73 @@ def test_an_adapter_over_a_full_fine_tune_leaves_no_mixture(result, toy_base, tm
     assert (output / "unet" / "adapter_config.json").exists()
 
 
+LEFT = (  # by a run, and by the tools that look at it
+    "report.html", "scores.json", "scores-step-2.json", "validation/validation-000001.png",
+    "validation/consistency.png", "logs/events.out.tfevents.1.host",
+    "wandb/offline-run-1/run.wandb", "wandb/debug.log", "evaluation/scores.json",
+    "evaluation/grid.png", "evaluation/prompts.csv", "evaluation/prompts.md", "evaluation/pictures/000-0.png",
+    "evaluation/pictures/record.json", "evaluation/controlled/000-0.png", "evaluation/without_control/000-0.png",
+)  # fmt: skip
+
+
+def test_overwriting_leaves_nothing_of_the_former_run(result, output, toy_base):
+    for name in LEFT:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("{}")
+    fresh = {path.name for path in (result / "output").iterdir()}
+    assert run(*flags(toy_base, result / "photos", output, *STEP, "--overwrite_output_dir")) == 0
+    assert {path.name for path in output.iterdir()} == fresh
+
+
+def test_the_logs_of_the_former_run_lie_where_its_configuration_says(output):
+    for name in ("boards/events.out.tfevents.1.host", "boards/mine.txt", "logs/events.out.tfevents.2.host"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).touch()
+    config = output / "config.yaml"
+    config.write_text(config.read_text().replace("logging_dir: logs", "logging_dir: boards"))
+    checkpoints = Checkpoints(output)
+    checkpoints.choose(None, overwrite=True)
+    checkpoints.begin(is_new=True)
+    assert set(content(output)) == {"boards/mine.txt"}
+
+
+def test_what_no_run_has_made_stays_beside_what_is_removed(output, tmp_path):
+    mine = (
+        "validation/mine.png",
+        "evaluation/notes.txt",
+        "evaluation/pictures/mine.png",
+        "logs/mine.log",
+        "mine.json",
+    )
+    for name in (*LEFT, *mine):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).touch()
+    shutil.rmtree(output / "wandb")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "run-1").touch()
+    (output / "wandb").symlink_to(tmp_path / "elsewhere")
+    checkpoints = Checkpoints(output)
+    checkpoints.choose(None, overwrite=True)
+    checkpoints.begin(is_new=True)
+    assert set(content(output)) == set(mine)
+    assert (tmp_path / "elsewhere" / "run-1").exists() and (output / "wandb").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["..", "../beside", "absolute"])
+def test_logs_outside_the_folder_are_not_touched(place, output, tmp_path):
+    outside = tmp_path / "beside"
+    outside.mkdir()
+    for folder in (outside, tmp_path):
+        (folder / "events.out.tfevents.1.host").touch()
+    config = output / "config.yaml"
+    place = str(outside) if place == "absolute" else place
+    config.write_text(config.read_text().replace("logging_dir: logs", f"logging_dir: {place}"))
+    checkpoints = Checkpoints(output)
+    checkpoints.choose(None, overwrite=True)
+    checkpoints.begin(is_new=True)
+    assert (outside / "events.out.tfevents.1.host").exists() and (tmp_path / "events.out.tfevents.1.host").exists()
+
+
 @pytest.mark.parametrize("where", ["unet/mine.txt", "vae/model.bin", "checkpoint-9/optimizer.bin"])
 def test_what_no_run_has_put_there_is_never_removed(where, result, output, toy_base, capsys):
     (output / where).parent.mkdir(exist_ok=True)

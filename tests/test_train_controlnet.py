@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from training import assert_same, metrics, optimizer_of
 
 from finetuning.control.loading import load_control_run
-from finetuning.control.network import make_full
+from finetuning.control.network import new_controlnet
 from finetuning.errors import InputError
 from finetuning.models.loading import load_stable_diffusion
 from finetuning.pictures.generation import read_parameters
@@ -151,7 +151,7 @@ def test_diffusers_own_invocation(sd15_base, tmp_path):
 
 def test_a_controlnet_to_go_on_from_and_controls_to_draw_by(finished, toy_base, tmp_path):
     arguments = control_flags(toy_base, finished / "data", tmp_path / "output", "--max_train_steps=1", adapter=())
-    make_full(load_stable_diffusion(str(toy_base)).unet, 2, 3).save_pretrained(tmp_path / "control")
+    new_controlnet(load_stable_diffusion(str(toy_base)).unet, 2, 3).save_pretrained(tmp_path / "control")
     draw_photo(1, (64, 64)).save(tmp_path / "control.png")
     shown = [f"--validation_image={tmp_path / 'control.png'}", "--validation_prompt", "a mug", "a dog"]
     more = [f"--controlnet_model_name_or_path={tmp_path / 'control'}", "--learning_rate=0", "--validation_steps=1"]

@@ -18,9 +18,9 @@ from finetuning.builders import build_adapter
 from finetuning.control.conditions import canny, has_opencv, opencv, read_bands, stack
 from finetuning.control.consistency import Detector, EdgeDetector, MaskDetector, load_segmenter
 from finetuning.control.folder_source import read_folder
-from finetuning.control.network import PARTS, make_full, make_light, take_residuals
+from finetuning.control.network import CONTROL_PARTS, cast_residuals, new_controlnet, new_hint_encoder
 from finetuning.control.sources import Source, open_condition
-from finetuning.control.stream import ControlStream, carve
+from finetuning.control.stream import ControlStream, split_off_held_out
 from finetuning.dataset.stream import Transform
 from finetuning.errors import InputError
 from finetuning.models.stable_diffusion import StableDiffusion
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = 16
 Labels = Callable[[Image.Image], np.ndarray]
-Rendered = Callable[[str, str], Source]  # (kind of control, part) to the toy world's samples
+RenderedSource = Callable[[str, str], Source]  # (kind of control, part) to the toy world's samples
 
 
 def build_control(base: StableDiffusion, config: ControlNetConfig) -> dict[str, Adapter]:
     """What is trained, by name: hint encoder or ControlNet, and the adapter on the UNet. Needs the bare UNet."""
     settings, kind = config.control, config.kind
     if kind == "light":
-        module = make_light(base.unet, base.vae_scale, settings.conditioning_channels)
+        module = new_hint_encoder(base.unet, base.vae_scale, settings.conditioning_channels)
     else:
         name = settings.controlnet_model_name_or_path
-        module = make_full(base.unet, base.vae_scale, settings.conditioning_channels, name)
-        take_residuals(base.unet)
+        module = new_controlnet(base.unet, base.vae_scale, settings.conditioning_channels, name)
+        cast_residuals(base.unet)
     module.to(base.unet.device)
-    adapters = {PARTS[kind]: train_fully(module)}
+    adapters = {CONTROL_PARTS[kind]: train_fully(module)}
     if config.uses_adapter:
         adapters["unet"] = build_adapter(base.unet, config.adapter)
     if config.model.gradient_checkpointing:
@@ -54,7 +54,7 @@ def build_control(base: StableDiffusion, config: ControlNetConfig) -> dict[str, 
 
 
 def build_streams(
-    settings: ControlDataSettings, channels: int, seed: int, rendered: Rendered
+    settings: ControlDataSettings, channels: int, seed: int, rendered: RenderedSource
 ) -> tuple[ControlStream, ControlStream]:
     """Samples to train on, and those that are only measured.
 
@@ -86,7 +86,7 @@ def build_streams(
             "fewer, or give others to measure on (--held_out_split, --held_out_data_dir)"
         )
     if other is None:
-        other, (indices, held_out) = source, carve(source.size, count, seed)
+        other, (indices, held_out) = source, split_off_held_out(source.size, count, seed)
     else:
         indices = None if source.size is None else range(source.size)
         held_out = range(count if available is None else min(count, available))
@@ -144,7 +144,7 @@ def _maker(settings: ControlDataSettings) -> Callable[[Image.Image], Image.Image
     return load_segmenter(settings.segmentation_model).colours
 
 
-def _sources(settings: ControlDataSettings, rendered: Rendered) -> tuple[Source, Source | None]:
+def _sources(settings: ControlDataSettings, rendered: RenderedSource) -> tuple[Source, Source | None]:
     """To train on, and to measure on; None = to be carved off."""
     if settings.is_toyworld:
         kind = settings.control_kind if settings.control_kind in RENDERED else "edges"  # which canny replaces
@@ -152,7 +152,7 @@ def _sources(settings: ControlDataSettings, rendered: Rendered) -> tuple[Source,
     condition = None if settings.conditioning is not None else settings.conditioning_image_column
     if settings.train_data_dir is not None:
         options = {
-            "partners": settings.conditioning_data_dir,
+            "controls_folder": settings.conditioning_data_dir,
             "caption_column": settings.caption_column,
             "condition_column": condition,
         }

@@ -262,7 +262,7 @@ def _lowest(values: torch.Tensor, width: int) -> torch.Tensor:
     return -F.max_pool2d(F.pad(-values[None, None], sides, value=-math.inf), width, stride=1)[0, 0]
 
 
-def plot_course(metrics: Sequence[Mapping[str, float]], names: Iterable[str], path: Path) -> None:
+def plot_scores(metrics: Sequence[Mapping[str, float]], names: Iterable[str], path: Path) -> None:
     """Scores over steps, from the lines of metrics.jsonl: where control sets in, they leave their floor."""
     try:
         import matplotlib

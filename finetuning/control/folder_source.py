@@ -1,4 +1,4 @@
-"""Images, controls and captions of a folder."""
+"""Images, controls and captions that lie in a folder, as a `Source`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ SHOWN = 20  # faults of one kind that are named
 
 
 class Row(NamedTuple):
-    """An image file, its control's or None where that is made from the image, the caption, and where it is written."""
+    """A sample of a folder.
+
+    Attributes:
+        image: its file.
+        control: the file of its control. None where the control is made from the image.
+        prompt: its caption.
+        origin: where the caption is written, for messages.
+    """
 
     image: Path
     control: Path | None
@@ -29,7 +36,7 @@ class Row(NamedTuple):
 
 @dataclass
 class FolderSource:
-    """A folder with images, read when they are needed; flag: names the folder."""
+    """The samples of a folder, whose files are read when they are needed. `flag` names the folder in messages."""
 
     rows: list[Row]
     flag: str
@@ -60,21 +67,26 @@ def read_folder(
     folder: str,
     *,
     flag: str,
-    partners: str | None = None,
+    controls_folder: str | None = None,
     caption_column: str = "text",
     condition_column: str | None = "conditioning_image",
 ) -> FolderSource:
-    """An image folder, with metadata.jsonl as `datasets` reads it, or with captions in name.txt beside name.jpg.
+    """List the samples of a folder of images.
+
+    The captions are those of metadata.jsonl, as the `datasets` library reads it, or of name.txt beside name.jpg.
 
     Args:
-        partners: folder of controls of the same names (--conditioning_data_dir); None = those that metadata.jsonl
-            names in `condition_column` or, as `datasets` has it, in that name with _file_name.
-        condition_column: None = the controls are made from the images.
+        folder: holds the images.
+        flag: the flag that names the folder, for messages.
+        controls_folder: holds controls with the names of the images (--conditioning_data_dir). None = metadata.jsonl
+            names the controls, in `condition_column` or, as `datasets` has it, in `condition_column`_file_name.
+        caption_column: the key of metadata.jsonl that holds the caption.
+        condition_column: see above. None = the controls are made from the images.
 
     Raises:
-        InputError: what is missing or no text, each with its name.
+        InputError: naming each file that is missing and each caption that is not text.
     """
-    root, needs_column = Path(folder), partners is None and condition_column is not None
+    root, needs_column = Path(folder), controls_folder is None and condition_column is not None
     if (root / METADATA).exists() or (root / METADATA).is_symlink():
         rows, faults = _rows_of_metadata(root, flag, caption_column, condition_column if needs_column else None)
     else:
@@ -85,8 +97,8 @@ def read_folder(
                 f"{flag}={folder}: has no {METADATA} that names controls; give --conditioning_data_dir, or "
                 "--conditioning to make them from the images"
             )
-    if partners is not None and condition_column is not None:
-        rows, more = _with_partners(rows, Path(partners))
+    if controls_folder is not None and condition_column is not None:
+        rows, more = _with_controls_of(rows, Path(controls_folder))
         faults += more
     if faults:
         raise InputError(*faults[:SHOWN])
@@ -100,8 +112,8 @@ def read_folder(
 def _rows_of_metadata(
     root: Path, flag: str, caption_column: str, condition_column: str | None
 ) -> tuple[list[Row], list[str]]:
-    """The samples that metadata.jsonl names, and what is wrong with it."""
-    rows, faults, files = [], [], Files(root)
+    """The samples that metadata.jsonl names, and the faults that were found in it."""
+    rows, faults, files = [], [], FileFinder(root)
     for where, entry in read_metadata(root / METADATA, flag):
         if caption_column not in entry:
             faults.append(f"--caption_column={caption_column}: {where} has {', '.join(entry)}; give one of them")
@@ -127,14 +139,21 @@ def _rows_of_metadata(
 
 
 @dataclass
-class Files:
-    """Files below a folder, by names of which Unicode's composed and decomposed forms are the same."""
+class FileFinder:
+    """Finds files below a folder by name, whether their names are in Unicode's composed or decomposed form.
+
+    macOS stores names decomposed, while files that list them usually have them composed.
+    """
 
     root: Path
     listings: dict[Path, dict[str, Path]] = field(default_factory=dict)
 
     def find(self, name: Any, where: str) -> Path:
-        """Raises InputError if it is no text or no file; names `where` it is asked for."""
+        """The file of this name.
+
+        Raises:
+            InputError: if the name is not text or there is no such file; says `where` the name was written.
+        """
         if not isinstance(name, str):
             raise InputError(f"{where}: {name!r} is no name of a file")
         try:
@@ -156,13 +175,13 @@ class Files:
         return self.listings[folder].get(composed(name), folder / name)
 
 
-def _with_partners(rows: list[Row], partners: Path) -> tuple[list[Row], list[str]]:
-    """The rows with the controls of a folder that have the images' names, and what is wrong with these."""
-    flag = f"--conditioning_data_dir={partners}"
-    if not partners.is_dir():
+def _with_controls_of(rows: list[Row], controls_folder: Path) -> tuple[list[Row], list[str]]:
+    """The rows with the controls of a folder that have the images' names, and the faults that were found."""
+    flag = f"--conditioning_data_dir={controls_folder}"
+    if not controls_folder.is_dir():
         raise InputError(f"{flag}: no such folder")
     controls: dict[str, list[Path]] = {}
-    for path in sorted(partners.iterdir()):
+    for path in sorted(controls_folder.iterdir()):
         if is_image_file(path, (*IMAGE_SUFFIXES, ".npy")):
             controls.setdefault(composed(path.stem), []).append(path)
     paired, alone, faults = [], [], []

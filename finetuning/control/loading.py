@@ -1,4 +1,4 @@
-"""What a ControlNet run has trained, as a pipeline."""
+"""From the folder of a ControlNet run to a pipeline that draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from finetuning.adapters.folder import ADAPTER_CONFIG, load_run_config, local_folder
 from finetuning.adapters.pipelines import load_adapter
-from finetuning.control.network import PARTS, HintEncoder, load_whole
+from finetuning.control.network import CONTROL_PARTS, HintEncoder, load_complete
 from finetuning.control.pipeline import LightControlPipeline, control_pipeline
 from finetuning.errors import InputError
 from finetuning.models.attention import choose_attention
@@ -21,18 +21,25 @@ def load_control_run(
 ) -> LightControlPipeline | StableDiffusionControlNetPipeline:
     """The pipeline that a run of train_controlnet.py has trained: base, hint encoder or ControlNet, and adapter.
 
-    run: its folder, or the name of a repository on the hub that it was uploaded to.
+    Args:
+        run: the run's folder, or the name of the repository on the hub that it was uploaded to.
+        device: where the pipeline goes.
+        dtype: precision of its weights.
 
     Raises:
-        InputError: not such a run, or one that has not ended.
+        InputError: if the folder is not that of a ControlNet run, or the run has not ended.
     """
     run = local_folder(run)
     config = load_run_config(run)
     if "conditioning_channels" not in config:
         raise InputError(f"{run}: is a run of train_dreambooth.py; give one of train_controlnet.py")
-    is_light = (run / PARTS["light"]).is_dir()
+    is_light = (run / CONTROL_PARTS["light"]).is_dir()
     try:
-        control = load_whole(HintEncoder, run / PARTS["light"]) if is_light else load_whole(ControlNetModel, run)
+        control = (
+            load_complete(HintEncoder, run / CONTROL_PARTS["light"])
+            if is_light
+            else load_complete(ControlNetModel, run)
+        )
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"{run}: holds no sound hint encoder or ControlNet; has the run ended? {text}") from error

@@ -30,7 +30,7 @@ M = TypeVar("M", bound=ModelMixin)
 
 WIDTHS = (16, 32, 96, 256)  # of the papers' encoder
 SILU_GAIN = 1.68  # keeps the size of features from layer to layer; by torch's own default they would fade
-PARTS = {"light": "hint_encoder", "full": "controlnet"}  # what the module of a kind of control is called
+CONTROL_PARTS = {"light": "hint_encoder", "full": "controlnet"}  # what the module of a kind of control is called
 
 
 class HintEncoder(ModelMixin, ConfigMixin):
@@ -97,7 +97,7 @@ def hinted(unet: UNet2DConditionModel, hint: torch.Tensor, guess_mode: bool = Fa
         handle.remove()
 
 
-def take_residuals(unet: UNet2DConditionModel) -> None:
+def cast_residuals(unet: UNet2DConditionModel) -> None:
     """Let a ControlNet's residuals come in any precision: the trained one's are float32, the frozen UNet may be half.
 
     On a CPU their sum, float32, would be an error in the UNet's next normalization.
@@ -142,7 +142,7 @@ def is_light(control: nn.Module) -> bool:
     return isinstance(_bare(control), HintEncoder)
 
 
-def make_light(unet: UNet2DConditionModel, scale_factor: int, channels: int) -> HintEncoder:
+def new_hint_encoder(unet: UNet2DConditionModel, scale_factor: int, channels: int) -> HintEncoder:
     """A fresh hint encoder at the UNet's own width.
 
     Raises:
@@ -154,7 +154,7 @@ def make_light(unet: UNet2DConditionModel, scale_factor: int, channels: int) -> 
         raise InputError(f"--controlnet=light: the model's latents are too small for it ({error})") from None
 
 
-def make_full(
+def new_controlnet(
     unet: UNet2DConditionModel, scale_factor: int, channels: int, name: str | None = None
 ) -> ControlNetModel:
     """A ControlNet that starts as a copy of the UNet's encoder, or the one of a folder or hub name.
@@ -168,7 +168,7 @@ def make_full(
         )
     flag = f"--controlnet_model_name_or_path={name}"
     try:
-        control = load_whole(ControlNetModel, name)
+        control = load_complete(ControlNetModel, name)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(f"{flag}: cannot be loaded; is it a ControlNet's folder or name? {text}") from error
@@ -184,7 +184,7 @@ def make_full(
     return control
 
 
-def load_whole(kind: type[M], place: str | Path) -> M:
+def load_complete(kind: type[M], place: str | Path) -> M:
     """A model of one of diffusers' classes, of which nothing is missing: the library would make up what is.
 
     Raises:

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from finetuning.control.conditions import is_label_map, nearest, read_bands, stack
-from finetuning.control.network import PARTS, hinted, is_light
+from finetuning.control.network import CONTROL_PARTS, hinted, is_light
 from finetuning.control.sources import open_condition
 from finetuning.dataset.stream import Transform
 from finetuning.errors import InputError
@@ -165,7 +165,7 @@ def read_controls(
 
 def without_control(pipeline: LightControlPipeline | StableDiffusionControlNetPipeline) -> StableDiffusionPipeline:
     """A plain pipeline over the same modules."""
-    parts = {name: part for name, part in pipeline.components.items() if name not in PARTS.values()}
+    parts = {name: part for name, part in pipeline.components.items() if name not in CONTROL_PARTS.values()}
     plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     plain.set_progress_bar_config(disable=True)
     return plain

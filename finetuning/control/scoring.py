@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from finetuning.adapters.folder import load_run_config
 from finetuning.adapters.pipelines import load_base
-from finetuning.control.builders import Labels, Rendered, build_detectors, build_streams
+from finetuning.control.builders import Labels, RenderedSource, build_detectors, build_streams
 from finetuning.control.conditions import show_condition
 from finetuning.control.consistency import Consistency, Detector, consistency, overlay, references
 from finetuning.control.loading import load_control_run
@@ -24,15 +24,15 @@ from finetuning.dataset.stream import to_image
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import as_json, write, write_table
 from finetuning.files import save_picture
-from finetuning.pictures.gallery import RECORD, Gallery, weights_of
+from finetuning.pictures.gallery import Gallery, weights_of
 from finetuning.pictures.grid import grid
 from finetuning.run.processes import DTYPES
-from finetuning.run_folder import CONFIG
+from finetuning.run_folder import CONFIG, CONTROLLED, EVALUATION, GRID, PICTURES_RECORD, SCORES
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.reading import read_config
 
 SHOWN = 8  # columns of a grid
-CONTROLLED, WITHOUT, REAL = "controlled", "without control", "real pictures"
+WITHOUT, REAL = "without control", "real pictures"
 
 
 @dataclass
@@ -50,10 +50,10 @@ class ControlTest:
     wanted: dict[str, list]
 
     @classmethod
-    def of(
+    def from_run(
         cls,
         run: Path,
-        rendered: Rendered,
+        rendered: RenderedSource,
         toy_segments: Callable[[], Labels | None],
         *,
         count: int | None = None,
@@ -159,7 +159,7 @@ def draw_control_run(
     Raises:
         InputError: the run has not ended, or its pictures were made otherwise.
     """
-    folder, model = run / "evaluation", test.config.model
+    folder, model = run / EVALUATION, test.config.model
     settings, control = drawing.settings(test.config), drawing.control(test.config)
     about = {**settings, "base": model.pretrained_model_name_or_path, "controls": _hash(test.batch)}
     kinds: dict[str, tuple[Path, dict, Callable, dict]] = {
@@ -182,7 +182,7 @@ def draw_control_run(
                 more = {**settings, **more, "precision": DTYPES[drawing.precision]}
                 gallery.generate(load(), **more, batch_size=drawing.batch_size, advance=bar.update)
         pictures[kind] = gallery.images()
-    save_picture(test.picture(pictures[CONTROLLED], every), folder / "grid.png")
+    save_picture(test.picture(pictures[CONTROLLED], every), folder / GRID)
     return pictures
 
 
@@ -192,7 +192,7 @@ def score_control_run(run: Path, test: ControlTest, pictures: dict[str, list[Ima
     Returns:
         Rows of the table: pictures by control, without control, real ones.
     """
-    folder = run / "evaluation"
+    folder = run / EVALUATION
     found = {kind: test.score(images) for kind, images in {**pictures, REAL: test.real}.items()}
     rows = [
         {"pictures of": name, "pictures": len(result.each), **result.scores, **_failures(result)}
@@ -207,8 +207,8 @@ def score_control_run(run: Path, test: ControlTest, pictures: dict[str, list[Ima
     ]
     write_table(folder, "scores", rows)
     write_table(folder, "by_picture", by_picture)
-    drawing = json.loads((folder / CONTROLLED / RECORD).read_text(encoding="utf-8"))
-    write(folder / "scores.json", as_json({"drawing": drawing, "table": rows}))
+    drawing = json.loads((folder / CONTROLLED / PICTURES_RECORD).read_text(encoding="utf-8"))
+    write(folder / SCORES, as_json({"drawing": drawing, "table": rows}))
     return rows
 
 

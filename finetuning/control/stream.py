@@ -16,13 +16,13 @@ from PIL import Image
 
 from finetuning.control.conditions import Bands, is_label_map, nearest, read_bands, to_condition
 from finetuning.control.sources import Source, sizes_fault
-from finetuning.dataset.stream import Batch, Batches, Images, Transform, to_tensor
+from finetuning.dataset.stream import Batch, Batches, ImageBatch, Transform, to_tensor
 from finetuning.errors import InputError
 from finetuning.randomness import derived_seed, generator, permutation
 
 logger = logging.getLogger(__name__)
 
-EVERY = 64  # samples that a fingerprint reads
+FINGERPRINT_SAMPLES = 64  # samples that a fingerprint reads
 SHOWN = 20  # faults that are named at once
 
 
@@ -134,7 +134,7 @@ class ControlStream:
             InputError: captions that are no text.
         """
         if self.source.size is None:
-            return [(f"sample {index}", self.source[index][2]) for index in self.chosen(EVERY)]
+            return [(f"sample {index}", self.source[index][2]) for index in self.chosen(FINGERPRINT_SAMPLES)]
         return self.source.captions(self.chosen(self.size))
 
     def chosen(self, count: int) -> list[int]:
@@ -145,8 +145,8 @@ class ControlStream:
     def fingerprint(self) -> str:
         """A short hash of the number of samples, and of some spread over all with controls and captions."""
         digest = hashlib.sha256(str(self.size).encode())
-        indices = self.chosen(EVERY if self.size is None else self.size)
-        for index in indices[:: max(1, len(indices) // EVERY)]:
+        indices = self.chosen(FINGERPRINT_SAMPLES if self.size is None else self.size)
+        for index in indices[:: max(1, len(indices) // FINGERPRINT_SAMPLES)]:
             image, bands, prompt, _ = self.read(index)
             digest.update(image.tobytes() + b"".join(band.tobytes() for band in bands) + prompt.encode())
         return digest.hexdigest()[:16]
@@ -181,7 +181,7 @@ class ControlStream:
             conditions.append(to_condition(bands, replace(resizing, center_crop=True, random_flip=False), 0))
             prompts.append(prompt)
         keys = [f"held-out/{self.name}/{i}" for i in range(count)]
-        return ControlBatch([Images(pixels=torch.stack(pixels))], prompts, keys, torch.stack(conditions))
+        return ControlBatch([ImageBatch(pixels=torch.stack(pixels))], prompts, keys, torch.stack(conditions))
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor, str, str]:
         """Returns pixels or moments, the control, the prompt, and the key of the sample's randomness."""
@@ -207,11 +207,11 @@ class ControlBatches(Batches):
         (stream,) = self.streams
         rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
         views, conditions = (torch.stack([row[i] for row in rows]) for i in (0, 1))
-        images = Images(pixels=views) if stream.moments is None else Images(moments=views)
+        images = ImageBatch(pixels=views) if stream.moments is None else ImageBatch(moments=views)
         return ControlBatch([images], [row[2] for row in rows], [row[3] for row in rows], conditions)
 
 
-def carve(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+def split_off_held_out(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on and indices held out, `count` of `size` chosen by the seed, both in order."""
     order = permutation(size, seed, "held out", 0)
     return sorted(order[count:]), sorted(order[:count])

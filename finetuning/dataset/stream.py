@@ -27,8 +27,8 @@ __all__ = [
     "Batch",
     "Batches",
     "Example",
+    "ImageBatch",
     "ImageStream",
-    "Images",
     "Transform",
     "find_examples",
     "find_images",
@@ -41,7 +41,7 @@ __all__ = [
 
 
 @dataclass
-class Images:
+class ImageBatch:
     """A stack of B images in one of two forms; the other one is None.
 
     Attributes:
@@ -64,7 +64,7 @@ class Batch:
         frames: how each sample's image was cut out of its original; None if the base model is not told.
     """
 
-    images: list[Images]
+    images: list[ImageBatch]
     prompts: list[str]
     keys: list[str]
     frames: list[Frame] | None = field(default=None, kw_only=True)
@@ -143,7 +143,7 @@ class ImageStream:
         chosen = [self.examples[i % len(self.examples)] for i in range(count)]
         pixels = torch.stack([to_tensor(middle.crop(open_image(example.path))) for example in chosen])
         keys = [f"held-out/{self.name}/{i}" for i in range(count)]
-        return Batch([Images(pixels=pixels)], [example.prompt for example in chosen], keys)
+        return Batch([ImageBatch(pixels=pixels)], [example.prompt for example in chosen], keys)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, str, str]:
         """The sample at a position: pixels (3, H, W) or moments (2, C, h, w), the prompt, and the sample's key."""
@@ -165,7 +165,7 @@ class Batches(torch.utils.data.Dataset):
         for stream in self.streams:
             rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
             stack = torch.stack([row[0] for row in rows])
-            images.append(Images(pixels=stack) if stream.moments is None else Images(moments=stack))
+            images.append(ImageBatch(pixels=stack) if stream.moments is None else ImageBatch(moments=stack))
             prompts += [row[1] for row in rows]
             keys += [row[2] for row in rows]
         return Batch(images, prompts, keys)

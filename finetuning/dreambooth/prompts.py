@@ -58,14 +58,14 @@ _ARTICLES = ("a", "an", "the")
 
 
 @dataclass(frozen=True)
-class Words:
-    """How prompts name the subject: by a rare token before the word of its class, e.g. "qwe", "mug"."""
+class SubjectPhrase:
+    """How prompts name the subject: by a rare token before the word of its class, e.g. "qwe mug"."""
 
     token: str
     class_word: str
 
     def templates(self) -> tuple[str, ...]:
-        """The 25 prompts of the protocol for this class."""
+        """The 25 prompts that the paper asks of this class, with {} for the subject."""
         return LIVE_PROMPTS if self.class_word in LIVE else OBJECT_PROMPTS
 
     def with_token(self, template: str) -> str:
@@ -73,9 +73,10 @@ class Words:
         return template.format(f"{self.token} {self.class_word}")
 
     def without_token(self, template: str) -> str:
-        """What CLIP is asked, which does not know the token: "a mug in the snow".
+        """The prompt that names the class alone, for CLIP, which does not know the token: "a mug in the snow".
 
-        An article is put where the token stood in its place ("a photo of {}" to "a photo of a mug"), and fitted.
+        An article is added where the token stood in its place ("a photo of {}" to "a photo of a mug"), and "a" becomes
+        "an" where the class word needs it.
         """
         text = template.format(self.class_word)
         start = template.index("{")
@@ -88,10 +89,10 @@ class Words:
         return text
 
     def template(self, prompt: str) -> str:
-        """A prompt that names the subject, as a template: "a photo of qwe mug" to "a photo of {}".
+        """The template of a prompt that names the subject: "a photo of qwe mug" to "a photo of {}".
 
         Raises:
-            ValueError: it does not name the subject.
+            ValueError: if the prompt does not name the subject.
         """
         named = f"{self.token} {self.class_word}"
         if named not in prompt:
@@ -99,16 +100,19 @@ class Words:
         return prompt.replace("{", "{{").replace("}", "}}").replace(named, "{}", 1)
 
 
-def find_words(instance_prompt: str, class_prompts: Sequence[str] = (), class_word: str | None = None) -> Words:
-    """Token and class word of a run.
+def find_subject_phrase(
+    instance_prompt: str, class_prompts: Sequence[str] = (), class_word: str | None = None
+) -> SubjectPhrase:
+    """Find the token and the class word of a run in its prompts.
 
     Args:
         instance_prompt: e.g. "a photo of qwe stuffed animal".
-        class_prompts: the class word is what the first one ends in as the instance prompt does.
-        class_word: overrides them.
+        class_prompts: the class word is taken to be the words in which both the first of these and the instance prompt
+            end.
+        class_word: the class word where it is known; the class prompts are then not looked at.
 
     Raises:
-        InputError: they do not tell; names --class_word.
+        InputError: if the class word cannot be found; the message asks for --class_word.
     """
     said = instance_prompt.split()
     if class_word is None:
@@ -124,14 +128,14 @@ def find_words(instance_prompt: str, class_prompts: Sequence[str] = (), class_wo
             f"{found}: --instance_prompt={instance_prompt!r} does not end in a rare word and the word of the class; "
             "give --class_word, the word after the rare one, e.g. --class_word=mug for 'a photo of qwe mug'"
         )
-    return Words(token=said[places[0] - 1], class_word=class_word)
+    return SubjectPhrase(token=said[places[0] - 1], class_word=class_word)
 
 
 def read_templates(path: str, flag: str = "--prompts") -> list[str]:
-    """One template a line, each with {} where the subject is named.
+    """The lines of a file of templates, each with one {} where the subject is named.
 
     Raises:
-        InputError: unreadable, empty, or a line without {}.
+        InputError: if the file cannot be read or is empty, or a line does not hold exactly one {}.
     """
     try:
         lines = files.lines(path)

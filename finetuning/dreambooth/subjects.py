@@ -8,23 +8,48 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from finetuning.dreambooth.prompts import LIVE
 from finetuning.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECTS = ROOT / "data" / "toyworld" / "subjects"
 DREAMBOOTH = ROOT / "data" / "dreambooth"
 URL = "https://github.com/google/dreambooth"
-COMMIT = "4f887af"
-COUNTS = {"subjects": 30, "photos": 158}
-LIVE = ("cat", "dog")
-SHOWN = 6  # validation prompts
+COMMIT = "4f887af"  # the version that is fetched
+COUNTS = {"subjects": 30, "photos": 158}  # of a complete copy
+SHOWN = 6  # prompts that are drawn on the way
 
 
-def embedded_subject(name: str) -> Iterator[tuple[str, str]]:
-    """A subject that ships with the repository, as its subject.json describes it."""
+@dataclass(frozen=True)
+class TrainingSubject:
+    """A subject to train on, and the prompts that go with it.
+
+    Attributes:
+        name: of the subject.
+        instance_dir: folder of its photos.
+        instance_prompt: names it by a rare token, e.g. "a photo of qwe mug".
+        class_prompts: describe its class, for prior preservation.
+        validation_prompts: what is drawn on the way.
+        base_prompts: the same without the token, for the base model, which does not know it.
+    """
+
+    name: str
+    instance_dir: Path
+    instance_prompt: str
+    class_prompts: list[str]
+    validation_prompts: list[str]
+    base_prompts: list[str]
+
+
+def embedded_subject(name: str) -> TrainingSubject:
+    """A subject that ships with the repository, as its subject.json describes it. An empty name means the first one.
+
+    Raises:
+        InputError: if there is no such subject.
+    """
     names = sorted(p.parent.name for p in SUBJECTS.glob("*/subject.json"))
     if not names:
         raise InputError(f"{SUBJECTS}: holds no subject; is the repository complete?")
@@ -32,19 +57,30 @@ def embedded_subject(name: str) -> Iterator[tuple[str, str]]:
         raise InputError(f"SUBJECT={name}: no such embedded subject; there are: {', '.join(names)}")
     folder = SUBJECTS / (name or names[0])
     subject = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
-    yield "name", subject["name"]
-    yield "instance_dir", str(folder)
-    yield "instance_prompt", subject["instance_prompt"]
-    yield from (("class_prompt", prompt) for prompt in subject["class_prompts"])
-    word = subject["class_word"]
-    called = re.search(rf"\S+ {re.escape(word)}", subject["instance_prompt"]).group()  # e.g. "qwe mug"
-    for prompt in subject["validation_prompts"][:SHOWN]:
-        yield "validation_prompt", prompt
-        yield "base_prompt", prompt.replace(called, with_article(word))
+    word, prompts = subject["class_word"], subject["validation_prompts"][:SHOWN]
+    named = re.search(rf"\S+ {re.escape(word)}", subject["instance_prompt"])  # e.g. "qwe mug"
+    if named is None:
+        raise InputError(f"{folder}: instance_prompt does not name the class word {word!r} after a token")
+    return TrainingSubject(
+        name=subject["name"],
+        instance_dir=folder,
+        instance_prompt=subject["instance_prompt"],
+        class_prompts=subject["class_prompts"],
+        validation_prompts=prompts,
+        base_prompts=[prompt.replace(named.group(), with_article(word)) for prompt in prompts],
+    )
 
 
-def dreambooth_subject(index: int, token: str) -> Iterator[tuple[str, str]]:
-    """A subject of google/dreambooth, with the prompts for its kind: objects or live subjects."""
+def dreambooth_subject(index: int, token: str) -> TrainingSubject:
+    """A subject of google/dreambooth, with the prompts for its kind: objects or live subjects.
+
+    Args:
+        index: of the subject, 0 to 29, in alphabetical order.
+        token: the rare word that names it.
+
+    Raises:
+        InputError: if there is no such subject, or the data set cannot be fetched.
+    """
     folder = find_dreambooth()
     names = sorted(p.name for p in folder.iterdir() if p.is_dir())
     if not 0 <= index < len(names):
@@ -56,32 +92,36 @@ def dreambooth_subject(index: int, token: str) -> Iterator[tuple[str, str]]:
         re.findall(r"'(.*?)'\.format", part) for part in text.split("Object Prompts")[1].split("Live Subject Prompts")
     )
     templates = live_prompts if word in LIVE else object_prompts
-    yield "name", name
-    yield "instance_dir", str(folder / name)
-    yield "instance_prompt", f"a photo of {token} {word}"
-    for template in templates[:SHOWN]:
-        yield "validation_prompt", template.format(token, word)
-        yield "base_prompt", without_token(template).format(word)
     # Half plain, half varied: plain ones alone tie their backgrounds to the class, varied ones alone let the subject
     # into the plain prompt.
-    for template in templates[:10]:
-        yield "class_prompt", f"a photo of {with_article(word)}"
-        yield "class_prompt", without_token(template).format(word)
+    plain = f"a photo of {with_article(word)}"
+    return TrainingSubject(
+        name=name,
+        instance_dir=folder / name,
+        instance_prompt=f"a photo of {token} {word}",
+        class_prompts=[prompt for t in templates[:10] for prompt in (plain, without_token(t).format(word))],
+        validation_prompts=[template.format(token, word) for template in templates[:SHOWN]],
+        base_prompts=[without_token(template).format(word) for template in templates[:SHOWN]],
+    )
 
 
 def with_article(word: str) -> str:
+    """The word with "a" or "an" before it."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def without_token(template: str) -> str:
+    """A template of google/dreambooth, "a {0} {1} in the snow", with a place for the class word alone."""
     return template.replace("{0} {1}", "{0}")
 
 
 def find_dreambooth() -> Path:
-    """The data set's folder with one folder a subject, fetched if need be.
+    """The data set's folder, which holds a folder for each subject; it is fetched if it is not there.
+
+    The variable DREAMBOOTH_DIR names a copy that lies elsewhere.
 
     Raises:
-        InputError: it is incomplete, or cannot be fetched.
+        InputError: if the data set is incomplete, or cannot be fetched.
     """
     given = os.environ.get("DREAMBOOTH_DIR")
     if given:
@@ -95,7 +135,11 @@ def find_dreambooth() -> Path:
 
 
 def fetch() -> None:
-    """Fetch the pinned commit beside its place, check it, and move it there."""
+    """Fetch the pinned commit of the data set: beside its place, so that it appears there only when it is complete.
+
+    Raises:
+        InputError: if it cannot be fetched, or is not complete.
+    """
     print(f"fetching {URL} at {COMMIT} (107 MB)", file=sys.stderr)
     unfinished = DREAMBOOTH.with_name(".dreambooth")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,7 +162,11 @@ def fetch() -> None:
 
 
 def check_counts(folder: Path, source: str) -> None:
-    """Raises InputError unless the folder holds all subjects and photos."""
+    """Check that a folder holds all subjects and photos; `source` names it in messages.
+
+    Raises:
+        InputError: if something is missing.
+    """
     if not (folder / "prompts_and_classes.txt").is_file():
         raise InputError(f"{source}: has no prompts_and_classes.txt; give the folder dataset/ of google/dreambooth")
     found = {

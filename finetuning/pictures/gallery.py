@@ -21,9 +21,7 @@ from finetuning.dataset.stream import find_images, open_image
 from finetuning.errors import InputError
 from finetuning.files import save_picture, write
 from finetuning.randomness import generator
-from finetuning.run_folder import WEIGHT_FOLDERS
-
-RECORD = "record.json"
+from finetuning.run_folder import PICTURES_RECORD, WEIGHT_FOLDERS
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Gallery:
         Raises:
             InputError: the folder has pictures that were made in another way; names what differs.
         """
-        path, record = self.folder / RECORD, {"prompts": list(self.prompts), "each": self.each, **record}
+        path, record = self.folder / PICTURES_RECORD, {"prompts": list(self.prompts), "each": self.each, **record}
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

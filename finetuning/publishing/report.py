@@ -22,7 +22,17 @@ from PIL import Image
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import Row, columns_of, without_nan, write
 from finetuning.run import environment
-from finetuning.run_folder import COMPARISON, CONFIG, METRICS, VALIDATION, read_metrics
+from finetuning.run_folder import (
+    COMPARISON,
+    CONFIG,
+    EVALUATION,
+    GRID,
+    METRICS,
+    REPORT,
+    SCORES,
+    VALIDATION,
+    read_metrics,
+)
 from finetuning.settings.control import TOYWORLD, ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import show
@@ -74,7 +84,7 @@ def write_report(run: Path) -> Path:
     Raises:
         InputError: the folder is not a run's output.
     """
-    path = run / "report.html"
+    path = run / REPORT
     write(path, render(collect(run)))
     return path
 
@@ -114,7 +124,7 @@ def collect(run: Path) -> dict[str, Any]:
         "comparison_title": "Held-out controls" if is_control(config) else "Before and after",
         "comparison": picture(run / COMPARISON),
         "tables": score_tables(run),
-        "grid": picture(run / "evaluation" / "grid.png"),
+        "grid": picture(run / EVALUATION / GRID),
         "configuration": configuration(config),
         "environment": list((environment.read(run) or environment.describe()).items()),
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -199,8 +209,8 @@ def thinned(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[
 def score_tables(run: Path) -> list[dict[str, Any]]:
     """The tables of scores that a run has, each {title, columns: [(name, meaning)], rows: [[text]]}."""
     tables = []
-    scored = _read_json(run / "evaluation" / "scores.json") or {}
-    if "table" not in scored and (judged := _read_json(run / "scores.json")):
+    scored = _read_json(run / EVALUATION / SCORES) or {}
+    if "table" not in scored and (judged := _read_json(run / SCORES)):
         rows = [
             {"model": label, **judged[key]} for key, label in (("base", "base"), ("tuned", "tuned")) if key in judged
         ]

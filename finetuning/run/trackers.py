@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from finetuning.errors import InputError
+from finetuning.run_folder import WANDB
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class WandB:
 
         mode: Literal["offline"] | None = None
         if "WANDB_MODE" not in os.environ and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            logger.info("wandb: there is no key, so it writes offline into %s", folder / "wandb")
+            logger.info("wandb: there is no key, so it writes offline into %s", folder / WANDB)
             mode = "offline"
         folder.mkdir(parents=True, exist_ok=True)  # else wandb would write into a temporary folder
         self.wandb = wandb

@@ -184,16 +184,21 @@ def contradictions(before: dict[str, Any], now: Config, may_change: Sequence[str
         before: settings of the run that made the checkpoint, by name.
         now: settings of the run that is to go on.
         may_change: names of settings that may differ, beside those that are marked so.
+
+    The checkpoint's values are resolved as today's are before they are compared: a None that means 8 equals 8.
     """
     faults = []
-    for group, field in fields_of(now):
-        if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
-            continue
-        value = getattr(group, field.name)
-        if field.name not in before:
-            faults.append(f"--{field.name}: the checkpoint does not say its value")
-        elif before[field.name] != value:
-            faults.append(f"--{field.name}={show(value)}: the checkpoint was made with {show(before[field.name])}")
+    for group in groups_of(now):
+        fields = dataclasses.fields(group)
+        recorded = type(group)(**{field.name: before[field.name] for field in fields if field.name in before})
+        for field in fields:
+            if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
+                continue
+            value, value_before = getattr(group, field.name), getattr(recorded, field.name)
+            if field.name not in before:
+                faults.append(f"--{field.name}: the checkpoint does not say its value")
+            elif value_before != value:
+                faults.append(f"--{field.name}={show(value)}: the checkpoint was made with {show(value_before)}")
     return faults
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from finetuning.run_folder import LOGS
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
 from finetuning.settings.fields import Group, setting
@@ -251,7 +252,7 @@ class TrackerSettings(Group):
         may_change=True,
         common=True,
     )
-    logging_dir: str = setting("logs", "Folder of tensorboard's files, inside the output folder.", may_change=True)
+    logging_dir: str = setting(LOGS, "Folder of tensorboard's files, inside the output folder.", may_change=True)
     tracker_project_name: str = setting(
         "boft-finetuning", "Project in the tracker.", aliases=("wandb_project_name",), may_change=True
     )

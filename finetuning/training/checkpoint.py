@@ -23,15 +23,20 @@ from diffusers import DiffusionPipeline
 
 from finetuning.errors import DISK_FULL, InputError, RunError
 from finetuning.run_folder import (
+    CONFIG,
+    LOGS,
     MANIFEST,
     STATE,
     foreign_file_in,
     foreign_files_in,
+    judged_in,
+    logged_in,
     outputs_in,
     results_in,
     was_interrupted,
 )
 from finetuning.settings.folders import is_same
+from finetuning.settings.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,7 @@ class Checkpoints:
             SaveError: the disk is full, or the folder cannot be written; nothing that existed is lost.
         """
         path = self.folder / f"checkpoint-{step}"
-        with self.mentioned(step):
+        with self.reporting_newest(step):
             write_folder(path, lambda folder: state.write(folder, step), state.size())
         if self.limit is not None:  # later ones, from before a resume, may be damaged and do not count
             for old in [p for p in self.all() if step_of(p) <= step][: -self.limit]:
@@ -87,7 +92,7 @@ class Checkpoints:
         return path
 
     @contextmanager
-    def mentioned(self, step: int):
+    def reporting_newest(self, step: int):
         """What cannot be saved inside is an error that says which checkpoint, of this step at most, stands."""
         try:
             yield
@@ -100,14 +105,24 @@ class Checkpoints:
             raise SaveError(f"{text}; {last}; make room and give the same command with {FLAG}=latest") from error
 
     def begin(self, is_new: bool) -> None:
-        """Clear away what a killed process left half-written and, before a new run, all that stands of others."""
-        for path in self.all() if is_new or self.is_replaced else []:
-            _remove(path)
-        for path in [self.folder / name for name in results_in(self.folder)] if self.is_replaced else []:
-            if path.is_dir():
+        """Prepare the folder for the run.
+
+        Removes what a killed process left half-written, and before a run from the start all checkpoints. Where the
+        folder is overwritten, the former run's results go with their scores, and its logs unless a checkpoint of
+        elsewhere goes on. What no run has made stays, with the folder that it lies in.
+        """
+        if is_new or self.is_replaced:
+            for path in self.all():
                 _remove(path)
-            else:
-                path.unlink()
+        if self.is_replaced:
+            results = [self.folder / name for name in results_in(self.folder)]
+            logs = logged_in(self.folder, _logging_dir(self.folder)) if is_new else []
+            for path in [*results, *judged_in(self.folder), *logs]:
+                if path.is_dir() and not path.is_symlink():
+                    _remove(path)
+                else:
+                    path.unlink()
+                _remove_empty(path.parent, self.folder)
         for path in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -246,6 +261,23 @@ def _set_aside(path: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     return aside
+
+
+def _remove_empty(path: Path, end: Path) -> None:
+    """Remove a folder if it is empty, and then those around it, up to `end`, which stays."""
+    while path != end and not any(path.iterdir()):
+        path.rmdir()
+        path = path.parent
+
+
+def _logging_dir(run: Path) -> str:
+    """The folder of tensorboard's files of the run whose configuration lies in a folder."""
+    try:
+        config = read_yaml((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return LOGS
+    found = config.get("logging_dir") if isinstance(config, dict) else None
+    return found if isinstance(found, str) else LOGS
 
 
 def write_pipeline(path: Path, pipeline: DiffusionPipeline) -> None:

@@ -110,7 +110,7 @@ class Training:
         """The text encoders that are trained, by part, see `module`."""
         return {part: self.module(part) for part in self.base.encoder_parts if part in self.adapters}
 
-    def share(self) -> None:
+    def wrap_modules(self) -> None:
         """Wrap what is called in a step, and the optimizer, as the processes need it; in training mode."""
         for name, module in self._bare.items():
             self._shared[name] = self.run.prepare_model(module)
@@ -243,7 +243,7 @@ class Training:
         if self.run.is_main and not self.run.exit_code and self.writes_results:
             with ExitStack() as stack:
                 stack.enter_context(applied(self.averages))
-                stack.enter_context(self.checkpoints.mentioned(self.number))
+                stack.enter_context(self.checkpoints.reporting_newest(self.number))
                 write_results(self.number)
         self.run.close()
         return self.run.exit_code

@@ -131,7 +131,7 @@ def test_names_are_the_same_in_both_of_unicodes_forms(forms, tmp_path):
     assert prompts_of(tmp_path) == ["b"]
     (tmp_path / "maps").mkdir()
     draw_photo(0).save(tmp_path / "maps" / f"{written}.png")
-    paired = read_folder(str(tmp_path), flag="--f", partners=str(tmp_path / "maps"))
+    paired = read_folder(str(tmp_path), flag="--f", controls_folder=str(tmp_path / "maps"))
     assert paired[0].condition.size == (24, 24) and paired[0].prompt == "b"
 
 
@@ -221,7 +221,7 @@ def test_two_controls_of_one_name(photos):
         draw_photo(i).save(maps / f"{i}.png")
     draw_photo(0).save(maps / "1.jpg")
     with pytest.raises(InputError, match=r"--conditioning_data_dir=.*: 1\.jpg and 1\.png for 1\.png; keep one"):
-        read_folder(str(photos), flag="--f", partners=str(maps))
+        read_folder(str(photos), flag="--f", controls_folder=str(maps))
     (maps / "1.jpg").unlink()
     (maps / "._1.png").write_bytes(b"macOS puts such beside its files")
-    assert read_folder(str(photos), flag="--f", partners=str(maps)).size == 3
+    assert read_folder(str(photos), flag="--f", controls_folder=str(maps)).size == 3

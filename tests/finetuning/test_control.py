@@ -17,7 +17,7 @@ from finetuning.control.consistency import (
     overlay,
     references,
 )
-from finetuning.control.network import HintEncoder, hinted, make_full, make_light, predict
+from finetuning.control.network import HintEncoder, hinted, new_controlnet, new_hint_encoder, predict
 from finetuning.control.pipeline import control_pipeline
 from finetuning.models.loading import load_stable_diffusion
 
@@ -33,7 +33,7 @@ def base(toy_base):
 def trained(base) -> HintEncoder:
     """A hint encoder whose last convolution is no longer zero."""
     torch.manual_seed(1)
-    encoder = make_light(base.unet, base.vae_scale, 1)
+    encoder = new_hint_encoder(base.unet, base.vae_scale, 1)
     torch.nn.init.normal_(encoder.layers[-1].weight, std=0.5)
     return encoder.eval()
 
@@ -53,7 +53,7 @@ def test_a_factor_that_eight_convolutions_cannot_follow():
             HintEncoder(3, 8, scale)
 
 
-@pytest.mark.parametrize("make", [make_light, make_full])
+@pytest.mark.parametrize("make", [new_hint_encoder, new_controlnet])
 def test_a_fresh_control_changes_nothing_and_learns(make, base):
     torch.manual_seed(0)
     control = make(base.unet, base.vae_scale, 3).requires_grad_(True)

@@ -11,7 +11,7 @@ import torch
 from conftest import draw_photo
 from PIL import Image
 
-from finetuning.control.network import make_light
+from finetuning.control.network import new_hint_encoder
 from finetuning.control.sampler import ControlSampler
 from finetuning.dataset.stream import Batch
 from finetuning.errors import InputError
@@ -122,7 +122,10 @@ def test_the_noise_of_samplers_depends_on_seed_and_key_alone(name, base):
     ours = replace(base, scheduler=kind.from_config({**base.scheduler.config, **STOCHASTIC.get(name, {})}))
     sampler, conditions = Sampler(ours, resolution=16, steps=4, guidance_scale=3, batch_size=3), None
     if is_controlled:
-        sampler, conditions = ControlSampler.made_of(sampler, make_light(base.unet, 2, 3)), torch.rand(3, 3, 16, 16)
+        sampler, conditions = (
+            ControlSampler.made_of(sampler, new_hint_encoder(base.unet, 2, 3)),
+            torch.rand(3, 3, 16, 16),
+        )
     prompts, keys = ["a red mug", "a dog", "a mug in the snow"], ["a", "b", "c"]
     torch.manual_seed(0)
     together = arrays(sampler(prompts, 0, keys, conditions))
