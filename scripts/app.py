@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -66,7 +66,7 @@ class Easel:
         adapters: dict[str, float],
         any_base: bool = False,
         control_run: Path | None = None,
-    ):
+    ) -> None:
         self.pipeline, self.adapters, self.any_base, self.control_run = pipeline, adapters, any_base, control_run
         self.loaded: dict[str, str] = {}  # the adapters on the pipeline beside the control's: {path: name there}
         self.plain = pipeline if control_run is None else without_control(pipeline)
@@ -104,7 +104,7 @@ class Easel:
         """Replace the adapters on the pipeline by these, which begin at strength 0."""
         unload_adapter(self.pipeline)
         self.loaded = {}
-        if self.of_control:
+        if self.control_run is not None and self.of_control:
             self.of_control = [load_adapter(self.pipeline, self.control_run, 0.0)]
         for path in wanted:
             self.loaded[path] = load_adapter(self.pipeline, path, 0.0, check_base=not self.any_base)
@@ -193,7 +193,7 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
     with gradio.Blocks(title="Try what was trained", analytics_enabled=False) as blocks, gradio.Row():
         inputs, events = ask(easel, prompt, look)
         with gradio.Column(scale=3), gradio.Row():
-            plain = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
+            plain: dict[str, Any] = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
             pictures = [
                 gradio.Image(label="base model", elem_id="base", **plain),
                 gradio.Image(label="tuned", elem_id="tuned", **plain),

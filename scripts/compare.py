@@ -70,7 +70,7 @@ class ToySubjects:
     config = DreamBoothConfig
     scores = tuple(Scores.__dataclass_fields__)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.judges: dict[str, Judges] = {}
 
     def faults(self, grid: Grid) -> Iterator[str]:

@@ -79,14 +79,14 @@ def load_encoders(chosen: EncoderSettings, device: torch.device, is_toy: bool) -
     Raises:
         InputError: if a network cannot be loaded; the message names its flag.
     """
-    lpips = load_lpips(chosen.lpips_alexnet, chosen.lpips_linear, device) if chosen.lpips else None
+    lpips = load_lpips(chosen.lpips_alexnet, chosen.lpips_linear, str(device)) if chosen.lpips else None
     fidelity: dict[str, Encoder] = {}
     if (dino := chosen.dino or ("none" if is_toy else DINO)) != "none":
-        fidelity["DINO"] = load_dino(dino, device)
+        fidelity["DINO"] = load_dino(dino, str(device))
     if is_toy and (DATA / "judge").is_dir():
         fidelity["Judge"] = judge_encoder(DATA / "judge", device)
     if (clip := chosen.clip or (str(DATA / "clip") if is_toy else CLIP)) != "none":
-        fidelity["CLIP-I"] = load_clip(clip, device)
+        fidelity["CLIP-I"] = load_clip(clip, str(device))
     if not fidelity:
         raise InputError("--dino=none and --clip=none: nothing is left to score with; give one of them")
     return Encoders(fidelity, fidelity.get("CLIP-I"), lpips)

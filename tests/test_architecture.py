@@ -145,6 +145,7 @@ WORDS = {
     "base models": (r"\b(UNet2DConditionModel|\w+Transformer2DModel|StableDiffusion\w*Pipeline)\b",
                     {"models", "control", "studies", "publishing", "export"}),
     "processes": (r"^\s*(from|import) accelerate\b", {"run"}),
+    "flags": (r"^\s*(from|import) argparse\b", {"settings"}),
     "a run's files": (r"[\"'](config\.yaml|metrics\.jsonl|environment\.json|training_state\.pt|comparison\.png)[\"']",
                       {"run_folder"}),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -50,7 +51,7 @@ def find_base(path: str) -> tuple[str, dict[str, str | None]]:
     raise InputError(f"--adapter={path}: does not say what it was trained on; give --pretrained_model_name_or_path")
 
 
-def find_run_setting(choice: AdapterChoice, name: str, otherwise: object) -> object:
+def find_run_setting(choice: AdapterChoice, name: str, otherwise: Any) -> Any:
     """A setting of the run of the first adapter, e.g. the guidance with which it was validated."""
     if not choice.adapter:
         return otherwise
