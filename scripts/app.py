@@ -125,8 +125,9 @@ def open_page(config: AppConfig) -> None:
         choice = replace(choice, adapter=[newest, *(f"{path}:0" for path in others)])
     control_run = None if page.control is None else local_folder(page.control)
     if control_run is None:
-        name = choice.pretrained_model_name_or_path
-        name, options = (name, {}) if name else find_base(parse_adapter(choice.adapter[0])[0])
+        name, options = choice.pretrained_model_name_or_path, {}
+        if name is None:
+            name, options = find_base(parse_adapter(choice.adapter[0])[0])
         pipeline = load_base(name, **options, device=choose_device(page.device))
     else:
         pipeline = load_control_run(control_run, choose_device(page.device))

@@ -44,6 +44,7 @@ from finetuning.files import save_picture
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.pictures.grid import grid as draw_grid
 from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import Config
 from finetuning.settings.shared import EMBEDDED_BASE
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save, write_page
@@ -67,8 +68,8 @@ class ToySubjects:
     """
 
     trainer = ROOT / "train_dreambooth.py"
-    config = DreamBoothConfig
-    scores = tuple(Scores.__dataclass_fields__)
+    config: type[Config] = DreamBoothConfig
+    scores: tuple[str, ...] = tuple(Scores.__dataclass_fields__)
 
     def __init__(self) -> None:
         self.judges: dict[str, Judges] = {}

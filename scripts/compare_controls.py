@@ -40,6 +40,7 @@ from finetuning.control.scoring import (
 )
 from finetuning.evaluation.score_table import markdown, write, write_table
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
+from finetuning.settings.fields import Config
 from finetuning.studies.comparison.answers import control_table, progress
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save
@@ -58,8 +59,8 @@ class ToyControls:
     """
 
     trainer = Path(__file__).resolve().parents[1] / "train_controlnet.py"
-    config = ControlNetConfig
-    scores = SCORES
+    config: type[Config] = ControlNetConfig
+    scores: tuple[str, ...] = SCORES
 
     def faults(self, grid: Grid) -> Iterator[str]:
         if grid.steps.values or grid.strengths.values:

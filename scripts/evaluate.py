@@ -44,7 +44,7 @@ if __name__ == "__main__":
 import torch
 
 from finetuning.adapters.pipelines import load_base, load_run, load_run_config
-from finetuning.control.consistency import load_landmarks
+from finetuning.control.consistency import Detector, load_landmarks
 from finetuning.control.scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset.stream import find_images
 from finetuning.dreambooth import scoring as dreambooth_scoring
@@ -229,7 +229,7 @@ def embedded_subject(config: dict) -> str:
 def controlnet(config: ControlScoreConfig) -> None:
     """Score how the pictures of a ControlNet run follow their controls."""
     scored, run, device = config.scored, Path(config.scored.run), choose_device(config.work.device)
-    more = {"landmarks": load_landmarks(str(device))} if scored.landmarks else {}
+    more: dict[str, Detector] = {"landmarks": load_landmarks(str(device))} if scored.landmarks else {}
     test = ControlTest.of(
         run,
         lambda kind, part: Controls(kind, "test" if part == "held out" else part),
@@ -246,7 +246,7 @@ def controlnet(config: ControlScoreConfig) -> None:
         guess_mode=scored.guess_mode,
         precision=config.drawing.mixed_precision,
         batch_size=config.work.batch_size,
-        device=device,
+        device=str(device),
     )
     floor = None if scored.only_draw else run / "evaluation" / "without_control"
     drawn = draw_control_run(run, test, drawing, every=scored.every, overwrite=config.drawing.overwrite, floor=floor)
