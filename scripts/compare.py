@@ -75,6 +75,7 @@ class ToySubjects:
         self.judges: dict[str, Judges] = {}
 
     def faults(self, grid: Grid) -> Iterator[str]:
+        """What is wrong with a grid, one message for each fault."""
         if odd := set(grid.scoring) - {"steps", "guidance", "scheduler", "judge", "subjects"}:
             yield f"scoring: unknown key {', '.join(sorted(odd))}"
         if (scheduler := grid.scoring.get("scheduler")) not in (None, *SCHEDULERS):
@@ -86,9 +87,11 @@ class ToySubjects:
                 yield f"no subject {name} in {folder}; there are: {there}"
 
     def subjects(self, grid: Grid) -> Path:
+        """The folder of the subjects."""
         return Path(grid.scoring.get("subjects", TOYWORLD / "subjects"))
 
     def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the trainer that follow from the subject of a run. given: those that the grid says."""
         folder = self.subjects(grid) / piece.subject
         card = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
         found: dict[str, Any] = {

@@ -63,6 +63,7 @@ class ToyControls:
     scores: tuple[str, ...] = SCORES
 
     def faults(self, grid: Grid) -> Iterator[str]:
+        """What is wrong with a grid, one message for each fault."""
         if grid.steps.values or grid.strengths.values:
             yield "steps, strengths: controls are scored at the end and at full strength alone; remove them"
         if odd := set(grid.scoring) - {"images", "steps", "guidance", "precision"}:
@@ -72,6 +73,7 @@ class ToyControls:
                 yield f"no control {name}; there are: {', '.join(dict.fromkeys((*MADE, *RENDERED)))}"
 
     def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the trainer that follow from the kind of control of a run."""
         return {"dataset_name": "toyworld", "conditioning": piece.subject}
 
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
