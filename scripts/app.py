@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -66,7 +66,7 @@ class Easel:
         adapters: dict[str, float],
         any_base: bool = False,
         control_run: Path | None = None,
-    ):
+    ) -> None:
         self.pipeline, self.adapters, self.any_base, self.control_run = pipeline, adapters, any_base, control_run
         self.loaded: dict[str, str] = {}  # the adapters on the pipeline beside the control's: {path: name there}
         self.plain = pipeline if control_run is None else without_control(pipeline)
@@ -104,7 +104,7 @@ class Easel:
         """Replace the adapters on the pipeline by these, which begin at strength 0."""
         unload_adapter(self.pipeline)
         self.loaded = {}
-        if self.of_control:
+        if self.control_run is not None and self.of_control:
             self.of_control = [load_adapter(self.pipeline, self.control_run, 0.0)]
         for path in wanted:
             self.loaded[path] = load_adapter(self.pipeline, path, 0.0, check_base=not self.any_base)
@@ -125,8 +125,9 @@ def open_page(config: AppConfig) -> None:
         choice = replace(choice, adapter=[newest, *(f"{path}:0" for path in others)])
     control_run = None if page.control is None else local_folder(page.control)
     if control_run is None:
-        name = choice.pretrained_model_name_or_path
-        name, options = (name, {}) if name else find_base(parse_adapter(choice.adapter[0])[0])
+        name, options = choice.pretrained_model_name_or_path, {}
+        if name is None:
+            name, options = find_base(parse_adapter(choice.adapter[0])[0])
         pipeline = load_base(name, **options, device=choose_device(page.device))
     else:
         pipeline = load_control_run(control_run, choose_device(page.device))
@@ -193,7 +194,7 @@ def serve(easel: Easel, prompt: str, look: dict[str, float], port: int) -> None:
     with gradio.Blocks(title="Try what was trained", analytics_enabled=False) as blocks, gradio.Row():
         inputs, events = ask(easel, prompt, look)
         with gradio.Column(scale=3), gradio.Row():
-            plain = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
+            plain: dict[str, Any] = {"format": "png", "type": "pil", "interactive": False, "buttons": ["download"]}
             pictures = [
                 gradio.Image(label="base model", elem_id="base", **plain),
                 gradio.Image(label="tuned", elem_id="tuned", **plain),

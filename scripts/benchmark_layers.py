@@ -21,7 +21,9 @@ import sys
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,7 +47,7 @@ from finetuning.studies.throughput.turns import in_turn
 
 WIDTHS = {320: (1024, 5), 640: (256, 5), 1280: (64, 6)}  # channels: tokens, attention blocks; the sixth has 16 tokens
 TEXT = (77, 768)  # tokens and features of the prompt
-BOFT = {
+BOFT: dict[str, dict[str, Any]] = {
     "BOFT b=8 m=1": {"boft_block_size": 8, "boft_n_butterfly_factor": 1},
     "BOFT b=8 m=2": {"boft_block_size": 8, "boft_n_butterfly_factor": 2},
     "BOFT b=8 m=4": {"boft_block_size": 8, "boft_n_butterfly_factor": 4},
@@ -94,7 +96,8 @@ class Layers(nn.Module):
 def candidates(base: Layers) -> dict[str, nn.Module]:
     """The layers without an adapter and with each of them, by title."""
     names = [f"layers.{i}" for i in range(len(base.layers))]
-    models = {"frozen": base, REFERENCE: LoraModel(copy.deepcopy(base), LoraConfig(r=16, target_modules=names), "a")}
+    models: dict[str, nn.Module] = {"frozen": base}
+    models[REFERENCE] = LoraModel(copy.deepcopy(base), LoraConfig(r=16, target_modules=names), "a")
     for title, size in BOFT.items():
         models[title] = boft.BOFTModel(copy.deepcopy(base), boft.BOFTConfig(**size, target_modules=names), "a")
     return {title: model.train() for title, model in models.items()}
@@ -102,7 +105,7 @@ def candidates(base: Layers) -> dict[str, nn.Module]:
 
 def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Milliseconds of each call, as medians over rounds in which the calls take turns."""
-    steps = {title: lambda call=call: timeit.timeit(call, number=1) for title, call in calls.items()}
+    steps = {title: partial(timeit.timeit, call, number=1) for title, call in calls.items()}
     return {title: 1000 * statistics.median(seconds) for title, seconds in in_turn(steps, rounds).items()}
 
 
@@ -110,7 +113,7 @@ def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Ten
     """One forward pass, and a backward pass through the outputs that need a gradient."""
     outputs = [(y, g) for y, g in zip(model(inputs), gradients) if y.requires_grad]
     if outputs:
-        torch.autograd.backward(*map(list, zip(*outputs)))
+        torch.autograd.backward([y for y, _ in outputs], [g for _, g in outputs])
     model.zero_grad()
     for x in inputs:
         x.grad = None
@@ -121,7 +124,7 @@ def measure_layers(shapes: list[Shape], rounds: int) -> dict[str, float]:
     models = candidates(Layers(shapes))
     inputs = [torch.randn(1, s.tokens, s.d, requires_grad=s.input_trains) for s in shapes]
     gradients = [torch.randn(1, s.tokens, s.o) for s in shapes]
-    return measure({title: lambda m=model: step(m, inputs, gradients) for title, model in models.items()}, rounds)
+    return measure({title: partial(step, model, inputs, gradients) for title, model in models.items()}, rounds)
 
 
 def rotations() -> dict[str, list[list[torch.Tensor]]]:
@@ -130,8 +133,8 @@ def rotations() -> dict[str, list[list[torch.Tensor]]]:
     for title, model in candidates(Layers(layers_of_unet())).items():
         if title in BOFT:
             groups: dict[tuple[int, int], list[torch.Tensor]] = {}
-            for layer in model.model.layers:
-                R = layer.boft_R["a"]
+            for layer in model.get_submodule("model.layers").children():
+                R = layer.get_parameter("boft_R.a")
                 groups.setdefault((R.shape[0], R.shape[-1]), []).append((0.02 * torch.randn_like(R)).requires_grad_())
             found[title] = list(groups.values())
     return found
@@ -180,7 +183,7 @@ def products(shapes: list[Shape]) -> dict[str, Callable[[], None]]:
                 if shape.input_trains:
                     torch.bmm(in_groups(dz, B), B)
 
-    return {"frozen": frozen} | {title: lambda t=title: rotated(t) for title in BOFT}
+    return {"frozen": frozen} | {title: partial(rotated, title) for title in BOFT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,7 +205,7 @@ def benchmark(config: LayerBenchmarkConfig) -> int:
         rows[f"{len(group)} of {shape}"] = measure_layers(group, rounds)
     rows["all 128"] = measure_layers(shapes, rounds)
     parameters = rotations()
-    rows["rotations"] = measure({title: lambda p=p: solve(p) for title, p in parameters.items()}, rounds)
+    rows["rotations"] = measure({title: partial(solve, p) for title, p in parameters.items()}, rounds)
     rows["products alone"] = measure(products(shapes), rounds)
 
     titles = list(rows["all 128"])

@@ -44,6 +44,7 @@ from finetuning.files import save_picture
 from finetuning.pictures.generation import SCHEDULERS, choose_scheduler
 from finetuning.pictures.grid import grid as draw_grid
 from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.fields import Config
 from finetuning.settings.shared import EMBEDDED_BASE
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save, write_page
@@ -67,13 +68,14 @@ class ToySubjects:
     """
 
     trainer = ROOT / "train_dreambooth.py"
-    config = DreamBoothConfig
-    scores = tuple(Scores.__dataclass_fields__)
+    config: type[Config] = DreamBoothConfig
+    scores: tuple[str, ...] = tuple(Scores.__dataclass_fields__)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.judges: dict[str, Judges] = {}
 
     def faults(self, grid: Grid) -> Iterator[str]:
+        """What is wrong with a grid, one message for each fault."""
         if odd := set(grid.scoring) - {"steps", "guidance", "scheduler", "judge", "subjects"}:
             yield f"scoring: unknown key {', '.join(sorted(odd))}"
         if (scheduler := grid.scoring.get("scheduler")) not in (None, *SCHEDULERS):
@@ -85,9 +87,11 @@ class ToySubjects:
                 yield f"no subject {name} in {folder}; there are: {there}"
 
     def subjects(self, grid: Grid) -> Path:
+        """The folder of the subjects."""
         return Path(grid.scoring.get("subjects", TOYWORLD / "subjects"))
 
     def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the trainer that follow from the subject of a run. given: those that the grid says."""
         folder = self.subjects(grid) / piece.subject
         card = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
         found: dict[str, Any] = {

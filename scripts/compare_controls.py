@@ -40,6 +40,7 @@ from finetuning.control.scoring import (
 from finetuning.evaluation.score_table import markdown, write, write_table
 from finetuning.run_folder import CONTROLLED, WITHOUT_CONTROL
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
+from finetuning.settings.fields import Config
 from finetuning.studies.comparison.answers import control_table, progress
 from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
 from finetuning.studies.comparison.page import Facts, save
@@ -58,10 +59,11 @@ class ToyControls:
     """
 
     trainer = Path(__file__).resolve().parents[1] / "train_controlnet.py"
-    config = ControlNetConfig
-    scores = SCORES
+    config: type[Config] = ControlNetConfig
+    scores: tuple[str, ...] = SCORES
 
     def faults(self, grid: Grid) -> Iterator[str]:
+        """What is wrong with a grid, one message for each fault."""
         if grid.steps.values or grid.strengths.values:
             yield "steps, strengths: controls are scored at the end and at full strength alone; remove them"
         if odd := set(grid.scoring) - {"images", "steps", "guidance", "precision"}:
@@ -71,6 +73,7 @@ class ToyControls:
                 yield f"no control {name}; there are: {', '.join(dict.fromkeys((*MADE, *RENDERED)))}"
 
     def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the trainer that follow from the kind of control of a run."""
         return {"dataset_name": "toyworld", "conditioning": piece.subject}
 
     def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:

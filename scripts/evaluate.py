@@ -44,7 +44,7 @@ if __name__ == "__main__":
 import torch
 
 from finetuning.adapters.pipelines import load_base, load_run, load_run_config
-from finetuning.control.consistency import load_landmarks
+from finetuning.control.consistency import Detector, load_landmarks
 from finetuning.control.scoring import ControlTest, Drawing, draw_control_run, score_control_run
 from finetuning.dataset.stream import find_images
 from finetuning.dreambooth import scoring as dreambooth_scoring
@@ -79,14 +79,14 @@ def load_encoders(chosen: EncoderSettings, device: torch.device, is_toy: bool) -
     Raises:
         InputError: if a network cannot be loaded; the message names its flag.
     """
-    lpips = load_lpips(chosen.lpips_alexnet, chosen.lpips_linear, device) if chosen.lpips else None
+    lpips = load_lpips(chosen.lpips_alexnet, chosen.lpips_linear, str(device)) if chosen.lpips else None
     fidelity: dict[str, Encoder] = {}
     if (dino := chosen.dino or ("none" if is_toy else DINO)) != "none":
-        fidelity["DINO"] = load_dino(dino, device)
+        fidelity["DINO"] = load_dino(dino, str(device))
     if is_toy and (DATA / "judge").is_dir():
         fidelity["Judge"] = judge_encoder(DATA / "judge", device)
     if (clip := chosen.clip or (str(DATA / "clip") if is_toy else CLIP)) != "none":
-        fidelity["CLIP-I"] = load_clip(clip, device)
+        fidelity["CLIP-I"] = load_clip(clip, str(device))
     if not fidelity:
         raise InputError("--dino=none and --clip=none: nothing is left to score with; give one of them")
     return Encoders(fidelity, fidelity.get("CLIP-I"), lpips)
@@ -229,7 +229,7 @@ def embedded_subject(config: dict) -> str:
 def controlnet(config: ControlScoreConfig) -> None:
     """Score how the pictures of a ControlNet run follow their controls."""
     scored, run, device = config.scored, Path(config.scored.run), choose_device(config.work.device)
-    more = {"landmarks": load_landmarks(str(device))} if scored.landmarks else {}
+    more: dict[str, Detector] = {"landmarks": load_landmarks(str(device))} if scored.landmarks else {}
     test = ControlTest.from_run(
         run,
         lambda kind, part: Controls(kind, "test" if part == "held out" else part),
@@ -246,7 +246,7 @@ def controlnet(config: ControlScoreConfig) -> None:
         guess_mode=scored.guess_mode,
         precision=config.drawing.mixed_precision,
         batch_size=config.work.batch_size,
-        device=device,
+        device=str(device),
     )
     floor = None if scored.only_draw else run / EVALUATION / WITHOUT_CONTROL
     drawn = draw_control_run(run, test, drawing, every=scored.every, overwrite=config.drawing.overwrite, floor=floor)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Checks and measures everything on a GPU: is the adapter exact there, does the trainer train, what does it cost?
+"""Check and measure everything on a GPU: is the adapter exact there, does the trainer train, what does it cost?
 
     python scripts/gpu_check.py --output results                       eight minutes on the first CUDA GPU
     python scripts/gpu_check.py --output results --only cost kernels   these stages, which then have all of the time
     python scripts/gpu_check.py --output results --device cpu --tiny   a rehearsal without a GPU, in a minute or two
 
-Needs no network and no installation of this repository, and writes into DIR alone. Each stage writes DIR/STAGE.json
-as it measures; one that fails puts down its error, and the next goes on. DIR/summary.md holds the tables of all stages
-whose results are there. docs/gpu.md says what each tells. The exit code is 1 if a stage has failed.
+It needs no network and no installation of this repository, and writes only into the folder of the results. Each stage
+writes STAGE.json while it measures; if a stage fails, its error is written there too, and the next stage begins.
+summary.md holds the tables of all stages that have results, and docs/gpu.md explains them. The exit code is 1 if a
+stage has failed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.dont_write_bytecode = True  # nothing is written outside of DIR
+sys.dont_write_bytecode = True  # nothing is written outside of the folder of the results
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -27,7 +28,7 @@ try:
     from finetuning.studies.gpu_check import found
     from finetuning.studies.gpu_check.summary import write_summary
     from finetuning.studies.gpu_check.supervisor import STAGES, supervise
-except ModuleNotFoundError as error:  # of PyYAML; the others are looked for below
+except ModuleNotFoundError as error:  # PyYAML is missing; `found.packages` looks for the others
     print(f"error: {error.name} is not installed; pip install -r requirements.txt -c constraints.txt", file=sys.stderr)
     sys.exit(2)
 

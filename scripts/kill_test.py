@@ -114,7 +114,7 @@ def end(child: int, patience: float | None) -> int:
         found, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= deadline:
+        if deadline is not None and time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)
             deadline = None
         else:
@@ -123,7 +123,7 @@ def end(child: int, patience: float | None) -> int:
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
     """What a run has trained, and the optimizer state of its last checkpoint, by name."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(output.glob("unet/*.safetensors")) + sorted(output.glob("text_encoder/*.safetensors")):
         found |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}
     last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)

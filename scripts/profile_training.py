@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Where a training step's time goes, with and without caches.
+"""Measure where the time of a training step goes, with and without caches.
 
     python scripts/profile_training.py                         the embedded mug on the embedded base
     python scripts/profile_training.py --precision=bf16        the same in bfloat16
     python scripts/profile_training.py -- --use_lora --rank=4 --instance_data_dir=… …
 
 What follows `--` are flags of train_dreambooth.py. Runs with and without caches take turns, so that a busy machine
-disturbs both alike; times are those of the fastest step, in processor time of this process.
+disturbs both alike. The times are those of the fastest step, in processor time of this process.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ class Profiler:
         self.steps: list[dict[str, float]] = []
 
     def begins(self, step: int) -> None:
+        """Note when a step begins."""
         self.begun = time.process_time()
 
     def ends(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Note what a step has taken. seconds: the time of its phases that the trainer has measured."""
         total = time.process_time() - self.begun
         phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
         self.steps.append({**phases, REST: total - sum(phases.values()), ALL: total})

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code or not is_scored:
         return code
     judge = "toyworld" if kind == "dreambooth" else "controlnet"
-    output = flag_in(flags, "--output_dir")
+    output = flag_in(flags, "--output_dir") or ""
     return run([sys.executable, str(ROOT / "scripts" / "evaluate.py"), judge, output, *evaluation], dict(os.environ))
 
 
@@ -77,7 +77,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], is_last: bool = 
         is_last: nothing follows, so that the program may replace this process, where the system can do that.
     """
     if is_last and os.name == "posix":
-        os.execve(command[0], command, environment)
+        os.execve(command[0], list(command), environment)
     process = subprocess.Popen(command, env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:

@@ -80,10 +80,10 @@ def main_blocks(folder: Path) -> dict[str, str]:
     blocks["differences"] += image(folder / "tradeoff.png", "fidelity against drift")
     blocks["pictures"] = image(folder / "compare.webp", "pictures") or NOT_YET
     for name, column, plot in (("steps", "step", plots.trajectories), ("strengths", "strength", plots.strengths)):
-        if table := answers.curve_table(rows, column, SHORT):
+        if curve := answers.curve_table(rows, column, SHORT):
             plot(rows, folder / f"{name}.png")
             said = [answers.cost_verdict(rows, column, *PAIRS[0], level, COSTS) for level in LEVELS[:2]]
-            blocks[name] = f"{bullets(said)}{image(folder / f'{name}.png', name)}\n{table}"
+            blocks[name] = f"{bullets(said)}{image(folder / f'{name}.png', name)}\n{curve}"
     blocks["strength-cost"] = answers.cost_table(rows, "strength", LEVELS[:2], ("strength", "drift")) or NOT_YET
     return blocks
 
@@ -184,7 +184,8 @@ def fill(path: Path, blocks: dict[str, str], folder: Path) -> set[str]:
     link = Path(os.path.relpath(folder, path.parent)).as_posix()
     for name in there:
         pattern, block = rf"(<!-- {name} -->\n).*?(<!-- end -->)", blocks[name].replace(RESULTS, link)
-        text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}{m[2]}", text, flags=re.DOTALL)
+        replacement = r"\g<1>" + block.replace("\\", r"\\") + r"\g<2>"
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     write(path, text)
     return there
 
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summarize(config: SummaryConfig) -> int:
     """Write the blocks of all pages; returns the exit code."""
     folder = Path(config.pages.results)
-    blocks = {}
+    blocks: dict[str, str] = {}
     for part in (main_blocks, time_blocks, ablation_blocks, control_blocks, speed_blocks):
         blocks |= part(folder)
     for path in map(Path, config.pages.pages):

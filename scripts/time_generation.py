@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,11 +51,11 @@ def time_generation(config: TimingConfig) -> None:
     guidance = find_run_setting(config.adapters, "guidance_scale", 7.5)
     order = PictureOrder(timing.prompt, seed=0, steps=timing.num_inference_steps, guidance_scale=guidance, size=size)
 
-    seconds = {name: [] for name in pipelines}
+    seconds: dict[str, list[float]] = {name: [] for name in pipelines}
     names = list(pipelines)
     for number in range(timing.rounds + 1):
         for name in names[number % 3 :] + names[: number % 3]:
-            taken = seconds_of(lambda name=name: draw(pipelines[name], [order]), device)
+            taken = seconds_of(partial(draw, pipelines[name], [order]), device)
             if number:
                 seconds[name].append(taken)
     print(markdown([row(name, taken, seconds["base model"]) for name, taken in seconds.items()]), end="")

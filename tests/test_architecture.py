@@ -151,6 +151,7 @@ WORDS = {
     "base models": (r"\b(UNet2DConditionModel|\w+Transformer2DModel|StableDiffusion\w*Pipeline)\b",
                     {"models", "control", "studies", "publishing", "export"}),
     "processes": (r"^\s*(from|import) accelerate\b", {"run"}),
+    "flags": (r"^\s*(from|import) argparse\b", {"settings"}),
     "a run's files": (r"[\"'](config\.yaml|metrics\.jsonl|environment\.json|training_state\.pt|scores\.json"
                       r"|(comparison|consistency)\.png|without_control)[\"']|/ [\"'](report\.html|evaluation)[\"']",
                       {"run_folder"}),

@@ -128,7 +128,7 @@ def value_faults(configs: Sequence[type[Config]], given: dict[str, Any]) -> list
     """
     fields = {field.name: (cls, field) for cls in configs for field in fields_in(cls)}
     faults: list[str] = []
-    for name in fields.keys() & given.keys():
+    for name in sorted(fields.keys() & given.keys()):
         cls, field = fields[name]
         values: dict[str, Any] = {}
         _convert(cls, name, given[name], values, faults, f"{name}: {show(given[name])}")

@@ -277,17 +277,34 @@ class TrackerSettings(Group):
 
 
 class TrainerConfig(Protocol):
-    """The groups that the settings of all trainers have."""
+    """The groups that the settings of all trainers have; a trainer may have subclasses of them."""
 
-    model: ModelSettings
-    data: DataSettings
-    adapter: AdapterSettings
-    optimization: OptimizationSettings
-    averages: AverageSettings
-    objective: ObjectiveSettings
-    checkpoints: CheckpointSettings
-    validation: ValidationSettings
-    tracking: TrackerSettings
+    @property
+    def model(self) -> ModelSettings: ...
+
+    @property
+    def data(self) -> DataSettings: ...
+
+    @property
+    def adapter(self) -> AdapterSettings: ...
+
+    @property
+    def optimization(self) -> OptimizationSettings: ...
+
+    @property
+    def averages(self) -> AverageSettings: ...
+
+    @property
+    def objective(self) -> ObjectiveSettings: ...
+
+    @property
+    def checkpoints(self) -> CheckpointSettings: ...
+
+    @property
+    def validation(self) -> ValidationSettings: ...
+
+    @property
+    def tracking(self) -> TrackerSettings: ...
 
     def save(self, path: Path) -> None: ...
 

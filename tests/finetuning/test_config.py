@@ -13,7 +13,7 @@ from finetuning.errors import InputError
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import Config, Group, contradictions, fields_in, fields_of, setting
-from finetuning.settings.reading import RECIPES, read_config, recipe_paths, run_command
+from finetuning.settings.reading import RECIPES, read_config, recipe_paths, run_command, split_at_dashes
 
 TRAINERS = (DreamBoothConfig, ControlNetConfig)
 NEEDED = ["--instance_data_dir=photos", "--instance_prompt=a photo of qwe mug"]
@@ -194,6 +194,11 @@ def test_subcommands_have_settings_of_their_own(capsys):
     assert "Find things." in whole and "search  Search a folder.\n  count   Count to a number.\n" in whole
     assert own.split("\n")[0].endswith(" search FOLDER NAMES [--config run.yaml] [--flag=value …]")
     assert "By names." in own and "The folder of a run. (needed)" in own and "--n INT" in own
+
+
+def test_what_follows_two_dashes_is_for_another_program():
+    assert split_at_dashes(["--n=1", "--", "--m=2", "--", "x"]) == (["--n=1"], ["--m=2", "--", "x"])
+    assert split_at_dashes(["--n=1"]) == (["--n=1"], [])
 
 
 def help_of(config: type[Config], flag: str, capsys) -> str:
