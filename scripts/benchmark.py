@@ -35,7 +35,7 @@ from finetuning.settings.fields import run_command
 from finetuning.studies.throughput.candidates import REFERENCE, ours
 from finetuning.studies.throughput.neighbours import frozen, lora, lycoris_boft, oft, stock_boft
 from finetuning.studies.throughput.table import machine, plot, print_rotation_table, print_table
-from finetuning.studies.throughput.turns import in_turn, ratio, spread
+from finetuning.studies.throughput.timing import interleaved_times, ratio, spread
 from finetuning.studies.throughput.unet import inference_step, inputs, stable_diffusion_unet, train_step, trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -87,7 +87,7 @@ def measure_steps(args, candidates: list[str], step: Callable, reference: str) -
     models = {name: wrapped(unet, name, args.targets) for name in candidates}
     arguments, clock = inputs(args.batch, args.resolution, DTYPES[args.dtype]), CLOCKS[args.clock]
     steps = {name: lambda model=model: step(model, arguments, clock) for name, model in models.items()}
-    seconds = in_turn(steps, args.rounds, tell=True)
+    seconds = interleaved_times(steps, args.rounds, tell=True)
     return {
         name: {
             "seconds": statistics.median(seconds[name]),

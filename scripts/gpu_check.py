@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 try:
     from finetuning.errors import InputError
     from finetuning.settings.fields import run_command
-    from finetuning.studies.gpu_check import found
+    from finetuning.studies.gpu_check import machine
     from finetuning.studies.gpu_check.summary import write_summary
     from finetuning.studies.gpu_check.supervisor import STAGES, supervise
 except ModuleNotFoundError as error:  # of PyYAML; the others are looked for below
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise InputError(f"--output={args.output}: cannot be made ({error.strerror}); give another folder") from None
 
-    print("\n".join(found.packages(ROOT / "constraints.txt")), flush=True)
+    print("\n".join(machine.packages(ROOT / "constraints.txt")), flush=True)
     stages = {name: stage for name, stage in STAGES.items() if name in args.only}
     try:
         is_well = supervise(
