@@ -48,7 +48,7 @@ from finetuning.run.resident_memory import peak_resident_memory
 from finetuning.studies.throughput.candidates import REFERENCE, ours
 from finetuning.studies.throughput.neighbours import frozen, lora, lycoris_boft, oft, stock_boft
 from finetuning.studies.throughput.table import machine, plot, print_rotation_table, print_table
-from finetuning.studies.throughput.turns import in_turn, ratio, spread
+from finetuning.studies.throughput.timing import interleaved_times, ratio, spread
 from finetuning.studies.throughput.unet import inference_step, inputs, stable_diffusion_unet, train_step, trainable
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -107,7 +107,7 @@ def measure_steps(
     models = {name: wrapped(unet, name, targets_of(settings)) for name in candidates}
     arguments, clock = inputs(settings.batch, settings.resolution, DTYPES[settings.dtype]), CLOCKS[settings.clock]
     steps = {name: lambda model=model: step(model, arguments, clock) for name, model in models.items()}
-    seconds = in_turn(steps, settings.rounds, tell=True)
+    seconds = interleaved_times(steps, settings.rounds, tell=True)
     return {
         name: {
             "seconds": statistics.median(seconds[name]),

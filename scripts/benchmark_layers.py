@@ -43,7 +43,7 @@ from boft.rotation import in_groups, outer_blocks
 from boft.super_blocks import all_super_blocks
 from finetuning.files import write
 from finetuning.run.allocator import keep_freed_memory
-from finetuning.studies.throughput.turns import in_turn
+from finetuning.studies.throughput.timing import interleaved_times
 
 WIDTHS = {320: (1024, 5), 640: (256, 5), 1280: (64, 6)}  # channels: tokens, attention blocks; the sixth has 16 tokens
 TEXT = (77, 768)  # tokens and features of the prompt
@@ -106,7 +106,7 @@ def candidates(base: Layers) -> dict[str, nn.Module]:
 def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Milliseconds of each call, as medians over rounds in which the calls take turns."""
     steps = {title: partial(timeit.timeit, call, number=1) for title, call in calls.items()}
-    return {title: 1000 * statistics.median(seconds) for title, seconds in in_turn(steps, rounds).items()}
+    return {title: 1000 * statistics.median(seconds) for title, seconds in interleaved_times(steps, rounds).items()}
 
 
 def step(model: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:

@@ -46,10 +46,10 @@ from finetuning.pictures.grid import grid as draw_grid
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import Config
 from finetuning.settings.shared import EMBEDDED_BASE
-from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.studies.comparison.page import Facts, save, write_page
-from finetuning.studies.comparison.results import facts_of, read_rows
-from finetuning.studies.comparison.running import pieces_of, run_grid
+from finetuning.studies.comparison.grid import Grid, GridRun, Point, read_grid
+from finetuning.studies.comparison.page import Provenance, save, write_page
+from finetuning.studies.comparison.results import read_rows, size_and_speed
+from finetuning.studies.comparison.running import run_grid, runs_of
 from toyworld.measure import generate
 from toyworld.scene import CONTEXTS
 from toyworld.scores import NEW, Judges, Pictures, Scores, score
@@ -90,9 +90,9 @@ class ToySubjects:
         """The folder of the subjects."""
         return Path(grid.scoring.get("subjects", TOYWORLD / "subjects"))
 
-    def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+    def settings(self, run: GridRun, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
         """The settings of the trainer that follow from the subject of a run. given: those that the grid says."""
-        folder = self.subjects(grid) / piece.subject
+        folder = self.subjects(grid) / run.subject
         card = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
         found: dict[str, Any] = {
             "pretrained_model_name_or_path": EMBEDDED_BASE,
@@ -102,21 +102,21 @@ class ToySubjects:
         if given.get("with_prior_preservation"):
             found["class_prompt"] = card["class_prompts"]
             if given.get("prior_target", "images") == "images":
-                found["class_data_dir"] = str(grid.output_dir / "class_images" / f"{piece.subject}-{piece.seed}")
+                found["class_data_dir"] = str(grid.output_dir / "class_images" / f"{run.subject}-{run.seed}")
         return found
 
-    def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
+    def score(self, run: GridRun, point: Point, grid: Grid) -> dict[str, Any]:
         """Score a run at a point, beside the base model. At its end, pictures go into samples.png."""
-        if piece.subject not in self.judges:
-            self.judges[piece.subject] = Judges(Path(grid.scoring.get("judge", TOYWORLD / "judge")), piece.subject)
-        judges, base_name = self.judges[piece.subject], piece.settings(grid, self)["pretrained_model_name_or_path"]
-        base, base_pictures = self.base(piece.subject, base_name, grid)
-        folder = piece.folder(grid)
+        if run.subject not in self.judges:
+            self.judges[run.subject] = Judges(Path(grid.scoring.get("judge", TOYWORLD / "judge")), run.subject)
+        judges, base_name = self.judges[run.subject], run.settings(grid, self)["pretrained_model_name_or_path"]
+        base, base_pictures = self.base(run.subject, base_name, grid)
+        folder = run.folder(grid)
         pipeline = load_point(folder, base_name, point, is_end=point.step == grid.last_step)
         tuned, pictures = score(self.drawing(pipeline, grid), judges, base=base_pictures)
         if point == Point(grid.last_step):
             strip(pictures).save(folder / "samples.png")
-        found = {"subject": piece.subject, "scoring": grid.scoring, "facts": facts_of(folder)}
+        found = {"subject": run.subject, "scoring": grid.scoring, "facts": size_and_speed(folder)}
         return {**found, "base": base, "tuned": asdict(tuned)}
 
     def base(self, subject: str, name: str, grid: Grid) -> tuple[dict[str, float], Pictures]:
@@ -178,20 +178,20 @@ def strip(pictures: Pictures) -> Image.Image:
     return Image.fromarray(np.concatenate([*pictures.subject[::each], pictures.plain[0]], axis=1))
 
 
-def samples(pieces: Sequence[Piece], grid: Grid) -> Image.Image | None:
+def samples(runs: Sequence[GridRun], grid: Grid) -> Image.Image | None:
     """The pictures of all methods, or None if there are none yet.
 
     The subject is the reported one that most methods have finished. Each row is a method and shows the subject in new
     contexts, then the plain class.
     """
-    done = [p for p in pieces if p.phase == "report" and (p.folder(grid) / "samples.png").is_file()]
-    done = [piece for piece in done if piece.seed == grid.report.seeds[0]]
+    done = [p for p in runs if p.phase == "report" and (p.folder(grid) / "samples.png").is_file()]
+    done = [run for run in done if run.seed == grid.report.seeds[0]]
     if not done:
         return None
-    subject = max(grid.report.subjects, key=lambda name: sum(piece.subject == name for piece in done))
-    own = [piece for piece in done if piece.subject == subject]
+    subject = max(grid.report.subjects, key=lambda name: sum(run.subject == name for run in done))
+    own = [run for run in done if run.subject == subject]
     rows = {"base model\nwithout the rare word": grid.output_dir / "base" / f"{subject}.png"}
-    rows |= {piece.method.name: piece.folder(grid) / "samples.png" for piece in own}
+    rows |= {run.method.name: run.folder(grid) / "samples.png" for run in own}
     columns = [f"… {CONTEXTS[k]}" for k in NEW] + ["the plain class"]
     photos = [Image.open(path) for path in sorted((ToySubjects().subjects(grid) / subject).glob("*.png"))]
     return draw_grid(
@@ -219,24 +219,24 @@ def compare(config: GridConfig) -> int:
     grid = read_grid(path, task, output)
 
     reported = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
-    planned = sum(grid.selection_runs().values()) + reported
+    planned = sum(grid.selection_counts().values()) + reported
     with tqdm(desc="runs", total=planned, unit="run") as bar:
 
         def say(name: str) -> None:
-            bar.n = sum(piece.is_complete(grid) for piece in pieces_of(grid, task))
+            bar.n = sum(run.is_complete(grid) for run in runs_of(grid, task))
             bar.set_postfix_str(name)
 
         if not run_grid(grid, task, comparison.limit, say):
             return 130
         say("")
-    pieces = pieces_of(grid, task)
+    runs = runs_of(grid, task)
     command, folder = shlex.join(["python", "scripts/compare.py", str(path)]), grid.output_dir / "results"
-    rows, facts = read_rows(pieces, grid, task.scores), Facts.of(grid, task.scores, command)
+    rows, facts = read_rows(runs, grid, task.scores), Provenance.of(grid, task.scores, command)
     print(write_page(folder, rows, facts, grid))
     print(f"{folder}: README.md, rows.csv, tables as csv and md, plots")
     if comparison.save:
         save(Path(comparison.save), rows, facts)
-        if picture := samples(pieces, grid):
+        if picture := samples(runs, grid):
             save_picture(picture, Path(comparison.save).with_suffix(".webp"))
     return 0
 

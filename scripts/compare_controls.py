@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare methods of control at equal steps on the toy world, by the pieces of one YAML file, as compare.py does.
+"""Compare methods of control at equal steps on the toy world, by the runs of one YAML file, as compare.py does.
 
     python scripts/compare_controls.py scripts/compare_controls.yaml             # goes on where it was
     python scripts/compare_controls.py scripts/compare_controls.yaml --limit=5   # five more runs, then the table
@@ -42,10 +42,10 @@ from finetuning.run_folder import CONTROLLED, WITHOUT_CONTROL
 from finetuning.settings.control import MADE, RENDERED, ControlNetConfig
 from finetuning.settings.fields import Config
 from finetuning.studies.comparison.answers import control_table, progress
-from finetuning.studies.comparison.grid import Grid, Piece, Point, read_grid
-from finetuning.studies.comparison.page import Facts, save
-from finetuning.studies.comparison.results import choose_table, criterion, facts_of, read_rows
-from finetuning.studies.comparison.running import pieces_of, run_grid
+from finetuning.studies.comparison.grid import Grid, GridRun, Point, read_grid
+from finetuning.studies.comparison.page import Provenance, save
+from finetuning.studies.comparison.results import choose_table, criterion, read_rows, size_and_speed
+from finetuning.studies.comparison.running import run_grid, runs_of
 from toyworld.controls import Controls
 from toyworld.segmentation import load_segmentation
 
@@ -72,14 +72,14 @@ class ToyControls:
             if name not in (*MADE, *RENDERED):
                 yield f"no control {name}; there are: {', '.join(dict.fromkeys((*MADE, *RENDERED)))}"
 
-    def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+    def settings(self, run: GridRun, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
         """The settings of the trainer that follow from the kind of control of a run."""
-        return {"dataset_name": "toyworld", "conditioning": piece.subject}
+        return {"dataset_name": "toyworld", "conditioning": run.subject}
 
-    def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
+    def score(self, run: GridRun, point: Point, grid: Grid) -> dict[str, Any]:
         """Score pictures of a run, pictures of the base without control, and real ones."""
-        folder, scoring = piece.folder(grid), grid.scoring
-        controls = Controls if piece.phase == "selection" else unseen_controls
+        folder, scoring = run.folder(grid), grid.scoring
+        controls = Controls if run.phase == "selection" else unseen_controls
         test = ControlTest.from_run(folder, controls, load_segmentation, count=int(scoring.get("images", 64)))
         drawing = Drawing(
             steps=int(scoring.get("steps", 20)),
@@ -87,10 +87,10 @@ class ToyControls:
             precision=scoring.get("precision", "no"),
             batch_size=16,
         )
-        floor = grid.output_dir / WITHOUT_CONTROL / piece.subject
+        floor = grid.output_dir / WITHOUT_CONTROL / run.subject
         rows = score_control_run(folder, test, draw_control_run(folder, test, drawing, every=8, floor=floor))
         by_kind = {row["pictures of"]: {name: row[name] for name in SCORES} for row in rows}
-        found = {"subject": piece.subject, "scoring": scoring, "facts": facts_of(folder)}
+        found = {"subject": run.subject, "scoring": scoring, "facts": size_and_speed(folder)}
         return {**found, "tuned": by_kind[CONTROLLED], "base": by_kind[WITHOUT], "real": by_kind[REAL]}
 
 
@@ -112,9 +112,9 @@ def compare(config: GridConfig) -> int:
 
     if not run_grid(grid, task, comparison.limit, print):
         return 130
-    pieces = pieces_of(grid, task)
-    folder, rows = grid.output_dir / "results", read_rows(pieces, grid, SCORES)
-    facts = Facts.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(path)]))
+    runs = runs_of(grid, task)
+    folder, rows = grid.output_dir / "results", read_rows(runs, grid, SCORES)
+    facts = Provenance.of(grid, SCORES, shlex.join(["python", "scripts/compare_controls.py", str(path)]))
     page = f"# Control at equal steps ({facts.steps})\n\n"
     page += f"`{facts.command}`, {facts.date}, {facts.machine}: {progress(rows, facts)}\n"
     if found := control_table(rows, SCORES):

@@ -25,7 +25,7 @@ try:
     from finetuning.errors import InputError
     from finetuning.settings.reading import read_config, run_command
     from finetuning.settings.studies import GpuCheckConfig
-    from finetuning.studies.gpu_check import found
+    from finetuning.studies.gpu_check import machine
     from finetuning.studies.gpu_check.summary import write_summary
     from finetuning.studies.gpu_check.supervisor import STAGES, supervise
 except ModuleNotFoundError as error:  # PyYAML is missing; `found.packages` looks for the others
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise InputError(f"--output={output}: cannot be made ({error.strerror}); give another folder") from None
 
-    print("\n".join(found.packages(ROOT / "constraints.txt")), flush=True)
+    print("\n".join(machine.packages(ROOT / "constraints.txt")), flush=True)
     stages = {name: stage for name, stage in STAGES.items() if name in check.only}
     try:
         is_well = supervise(

@@ -154,11 +154,11 @@ def test_runs_that_diverge_are_not_tried_again_and_those_that_fail_are(grid, tmp
         trainer = tmp_path / "failing_trainer.py"
 
     Failing.trainer.write_text(FAILING)
-    pieces, task = [p for p in grid.selection_pieces() if p.learning_rate < 0.3], Failing()
+    runs, task = [p for p in grid.selection_runs() if p.learning_rate < 0.3], Failing()
     with pytest.raises(RunError, match=r"lr-0\.2.*something else.*\n.*lr-0\.2.*something else"):
-        run_missing(lambda: pieces, grid, task, 9, lambda name: None)
-    assert [piece.is_complete(grid) for piece in pieces] == [True, False] * 2
-    rows = [{**row, "step": 9} for row in results.read_rows(pieces, grid, TASK.scores) if row["method"] == "a"]
+        run_missing(lambda: runs, grid, task, 9, lambda name: None)
+    assert [run.is_complete(grid) for run in runs] == [True, False] * 2
+    rows = [{**row, "step": 9} for row in results.read_rows(runs, grid, TASK.scores) if row["method"] == "a"]
     rows += rows_of({("a", "boat", 0): 1.0}, 0.2, "selection") + rows_of({("a", "boat", 0): 0.5}, 0.3, "selection")
     assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.2}, "what diverged is never chosen"
 
@@ -172,16 +172,16 @@ def test_a_process_waits_for_what_others_must_do_first(grid, tmp_path, monkeypat
     monkeypatch.setattr(running, "PAUSE", 0.05)
     task, said = Waiting(), []
     if what == "class images":
-        piece = grid.report_pieces({"a": 0.1})[0]
-        file = running.shared_folder(piece, grid, task).with_suffix(".claim")
+        run = grid.report_runs({"a": 0.1})[0]
+        file = running.shared_folder(run, grid, task).with_suffix(".claim")
     else:
-        piece = grid.selection_pieces()[0]
-        file = piece.folder(grid) / "claim"
+        run = grid.selection_runs()[0]
+        file = run.folder(grid) / "claim"
     others = ExitStack()
     others.enter_context(lock(file))
     threading.Timer(0.3, others.close).start()  # the other process dies
-    assert run_missing(lambda: [piece], grid, task, 9, said.append) == 1
-    assert said == ["waiting for other processes", f"a/lr-0.1/{piece.subject}/seed-0"]
+    assert run_missing(lambda: [run], grid, task, 9, said.append) == 1
+    assert said == ["waiting for other processes", f"a/lr-0.1/{run.subject}/seed-0"]
 
 
 def rows_of(values: dict[tuple[str, str, int], float], rate: float = 0.1, phase: str = "report") -> list[dict]:
@@ -216,23 +216,23 @@ def test_seeds_are_averaged_before_subjects_and_differences_are_paired():
 def test_the_learning_rate_is_chosen_where_all_were_tried(grid):
     tried = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
     rows = [{**rows_of({("a", "boat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in tried.items()]
-    table = results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_runs())
+    table = results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_counts())
     assert [row.get("chosen") for row in table] == [None, "yes", None]
     assert results.choose_rates(grid, rows, TASK.scores) == {"a": 0.2}
     assert results.choose_rates(grid, rows[:2], TASK.scores) == {}, "one rate has not run yet"
     rows[2]["subject_new"] = 9.0
-    assert "edge" in results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_runs())[2]["chosen"]
+    assert "edge" in results.choose_table(rows, grid.choose_by, TASK.scores, grid.selection_counts())[2]["chosen"]
 
 
 def test_only_the_best_rates_of_the_first_subject_go_on_to_the_others(grid):
     grid = replace(grid, selection=Part(("boat", "cat"), (0,), keep=2))
-    assert {p.subject for p in grid.selection_pieces()} == {"boat"} and grid.selection_runs() == {"a": 5, "b": 5}
+    assert {p.subject for p in grid.selection_runs()} == {"boat"} and grid.selection_counts() == {"a": 5, "b": 5}
     first = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
     rows = [{**rows_of({("a", "boat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in first.items()]
     assert results.keep_rates(grid, rows[:2], TASK.scores) == {}, "one rate has not run yet"
     kept = results.keep_rates(grid, rows, TASK.scores)
     assert kept == {"a": (0.2, 0.3)}
-    second = [p for p in grid.selection_pieces(kept) if p.subject == "cat"]
+    second = [p for p in grid.selection_runs(kept) if p.subject == "cat"]
     assert [(p.method.name, p.learning_rate) for p in second] == [("a", 0.2), ("a", 0.3)]
     rows += [{**rows_of({("a", "cat", 0): v}, rate, "selection")[0], "leak": 0.0} for rate, v in ((0.2, 1), (0.3, 4))]
     assert results.choose_rates(grid, rows[:4], TASK.scores) == {}
@@ -252,18 +252,16 @@ def test_the_plots_bear_one_subject_and_many(tmp_path):
 
 def test_the_shipped_grid_is_what_it_says():
     grid = read_grid(SHIPPED, TASK)
-    pieces = grid.selection_pieces({m.name: m.learning_rates[-grid.selection.keep :] for m in grid.methods})
-    assert len(pieces) == sum(grid.selection_runs().values())
-    reported = grid.report_pieces({m.name: m.learning_rates[0] for m in grid.methods})
+    runs = grid.selection_runs({m.name: m.learning_rates[-grid.selection.keep :] for m in grid.methods})
+    assert len(runs) == sum(grid.selection_counts().values())
+    reported = grid.report_runs({m.name: m.learning_rates[0] for m in grid.methods})
     text = SHIPPED.read_text()
-    assert (
-        f"{len(pieces) + len(reported)} runs: {len(pieces)} to choose" in text and f"{len(reported)} to report" in text
-    )
-    assert len({p.folder(grid) for p in pieces + reported}) == len(pieces) + len(reported)
+    assert f"{len(runs) + len(reported)} runs: {len(runs)} to choose" in text and f"{len(reported)} to report" in text
+    assert len({p.folder(grid) for p in runs + reported}) == len(runs) + len(reported)
     factors = {m.settings.get("boft_n_butterfly_factor") for m in grid.methods}
     assert {1, 2, 4} <= factors and sum("use_lora" in m.settings for m in grid.methods) == 2
     assert len(grid.report.subjects) >= 6 and len(grid.report.seeds) >= 3
-    assert pieces[0].points(grid) == [Point(grid.last_step)] and len(reported[0].points(grid)) >= 3
+    assert runs[0].points(grid) == [Point(grid.last_step)] and len(reported[0].points(grid)) >= 3
 
 
 TWO_RATES = {"BOFT": {"learning_rates": [1, 2], "settings": {"use_boft": True}}}

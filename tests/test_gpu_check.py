@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.settings import studies as settings
-from finetuning.studies.gpu_check import found
+from finetuning.studies.gpu_check import machine
 from finetuning.studies.gpu_check.supervisor import STAGES, Stage, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def test_all_stages_leave_numbers(rehearsed):
 
 def test_what_it_finds_is_printed(rehearsed):
     _, done = rehearsed
-    assert f"torch {found.installed('torch')}" in done.stdout and "torch_geometric" not in done.stdout
+    assert f"torch {machine.installed('torch')}" in done.stdout and "torch_geometric" not in done.stdout
     assert "Python 3." in done.stdout and "device " in done.stdout
 
 
@@ -184,7 +184,7 @@ def test_only_the_stages_that_are_asked_for(tmp_path):
     ],
 )
 def test_wrong_input_is_told_in_a_line(tmp_path, arguments, said):
-    if "cuda" in arguments and found.installed("torch") and Path("/dev/nvidia0").exists():
+    if "cuda" in arguments and machine.installed("torch") and Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU")
     done = command("--output", tmp_path / "out", *arguments)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
@@ -193,10 +193,10 @@ def test_wrong_input_is_told_in_a_line(tmp_path, arguments, said):
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
     done = command("--output", tmp_path / "out", HIDDEN_PACKAGES="yaml")
     assert done.returncode == 2 and done.stderr.startswith("error: yaml is not installed; pip install")
-    monkeypatch.setattr(found, "NEEDED", ("torch", "no-such-package"))
-    with pytest.raises(found.InputError, match="not installed: no-such-package"):
-        found.packages(ROOT / "constraints.txt")
-    monkeypatch.setattr(found, "NEEDED", ("torch",))
+    monkeypatch.setattr(machine, "NEEDED", ("torch", "no-such-package"))
+    with pytest.raises(machine.InputError, match="not installed: no-such-package"):
+        machine.packages(ROOT / "constraints.txt")
+    monkeypatch.setattr(machine, "NEEDED", ("torch",))
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("torch==0.1; python_version < '3.11'\ntorch==0.2  # another\n")
-    assert any(line.endswith("(tested: 0.1, 0.2)") for line in found.packages(constraints))
+    assert any(line.endswith("(tested: 0.1, 0.2)") for line in machine.packages(constraints))

@@ -36,13 +36,13 @@ def make_rows() -> list[dict]:
     return rows
 
 
-FACTS = page.Facts(
+FACTS = page.Provenance(
     command="a command", date="a date", machine="a machine", planned=6, steps=20, baseline="LoRA r=11",
     selection={"BOFT b=8 m=2": 1, "LoRA r=11": 1}, choose_by={"subject_new": 1.0, "drift": -1.0}, scores=SCORES,
 )  # fmt: skip
 
 
-def make_controls() -> tuple[list[dict], page.Facts]:
+def make_controls() -> tuple[list[dict], page.Provenance]:
     """A method of control with three seeds, its floor and its ceiling."""
     key = {"phase": "report", "individual": "edges"}
     run = {**key, "method": "light", "learning_rate": 0.1, "step": 20, "strength": 1.0, "trained": 7000}

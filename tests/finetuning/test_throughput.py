@@ -14,8 +14,8 @@ from finetuning.errors import RunError
 from finetuning.models.loading import load_stable_diffusion
 from finetuning.settings.reading import run_command
 from finetuning.studies.throughput.inputs import write_images
-from finetuning.studies.throughput.measure import Racer, Workload, measure
-from finetuning.studies.throughput.turns import in_turn, ratio, spread
+from finetuning.studies.throughput.measure import TimedProcess, Workload, measure
+from finetuning.studies.throughput.timing import interleaved_times, ratio, spread
 
 TRAINER = Path(__file__).parents[2] / "train_dreambooth.py"
 
@@ -60,7 +60,7 @@ def test_steps_in_turn_count_every_second_of_a_model_in_changing_order():
         begun.append(name)
         return float(len(begun))
 
-    times = in_turn({name: lambda name=name: step(name) for name in "abc"}, rounds=6)
+    times = interleaved_times({name: lambda name=name: step(name) for name in "abc"}, rounds=6)
     pairs = list(zip(begun[::2], begun[1::2]))
     assert all(first == second for first, second in pairs), "a step that counts follows one of its own"
     rounds = [tuple(first for first, _ in pairs[i : i + 3]) for i in range(0, 18, 3)]
@@ -78,14 +78,17 @@ def test_ratio_and_spread_are_of_the_rounds():
 
 
 def test_a_step_waits_for_its_turn(work, tmp_path):
-    with Racer("lora", work, TRAINER, tmp_path) as racer:
-        racer.read("trained")
-        assert not select.select([racer.process.stdout], [], [], 0.5)[0], "nobody has asked for a step"
-        assert racer.step() > 0
-    assert racer.process.returncode is not None
+    with TimedProcess("lora", work, TRAINER, tmp_path) as process:
+        process.read("trained")
+        assert not select.select([process.process.stdout], [], [], 0.5)[0], "nobody has asked for a step"
+        assert process.step() > 0
+    assert process.process.returncode is not None
 
 
 def test_a_loop_that_fails_is_told_with_its_last_words(work, tmp_path):
     nowhere = replace(work, base=str(tmp_path / "nowhere"))
-    with Racer("lora", nowhere, TRAINER, tmp_path) as racer, pytest.raises(RunError, match=r"exit code 1: .*nowhere"):
-        racer.read("trained")
+    with (
+        TimedProcess("lora", nowhere, TRAINER, tmp_path) as process,
+        pytest.raises(RunError, match=r"exit code 1: .*nowhere"),
+    ):
+        process.read("trained")

@@ -1,4 +1,4 @@
-"""What the rows say to the questions of docs/results.md, as tables and short sentences that state their n."""
+"""Answers to the questions of docs/results.md, from the rows, as tables and as sentences that state their n."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from finetuning.evaluation.score_table import Row, markdown
 from finetuning.evaluation.statistics import mean_and_interval
-from finetuning.studies.comparison.page import Facts
+from finetuning.studies.comparison.page import Provenance
 from finetuning.studies.comparison.results import (
     BASE,
     LESS_IS_BETTER,
@@ -26,7 +26,7 @@ from finetuning.studies.comparison.results import (
 
 
 def verdict(rows: Sequence[Row], method: str, other: str, scores: Sequence[str]) -> str:
-    """One sentence: on which scores `method` differs from `other` by more than its 95 % confidence interval."""
+    """A sentence that says on which scores two methods differ by more than the 95 % confidence interval."""
     found = difference(rows, method, other, scores)
     if found["subjects"] < 2:
         return f"**{method} against {other}**: not yet, both have {found['subjects']} subjects."
@@ -43,13 +43,13 @@ def verdict(rows: Sequence[Row], method: str, other: str, scores: Sequence[str])
 
 
 def differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], scores: Sequence[str]) -> str:
-    """A table of paired differences, a row a pair of methods."""
+    """A table of paired differences, with a row for each pair of methods."""
     table = [{"difference": f"{a} − {b}", **difference(rows, a, b, scores)} for a, b in pairs]
     return markdown(with_intervals([row for row in table if row["subjects"]])) if table else ""
 
 
 def curve_table(rows: Sequence[Row], column: str, scores: Sequence[str]) -> str:
-    """Means at every scored step or strength, of the methods that were scored at more than one; "" = none was."""
+    """A table of means at every scored step or strength, for methods that were scored at several; "" without any."""
     table = []
     for method in methods_of(rows):
         curve = over(rows, method, column)
@@ -60,7 +60,7 @@ def curve_table(rows: Sequence[Row], column: str, scores: Sequence[str]) -> str:
 
 
 def crossing(curve: Sequence[Row], x: str, y: str, level: float) -> float:
-    """Where the curve first reaches y = level, linearly between its points; nan if it does not."""
+    """The x at which a curve first rises to y = level, interpolated linearly; nan if it does not reach it."""
     for a, b in pairwise(curve):
         if a[y] < level <= b[y]:
             return a[x] + (level - a[y]) / (b[y] - a[y]) * (b[x] - a[x])
@@ -68,7 +68,7 @@ def crossing(curve: Sequence[Row], x: str, y: str, level: float) -> float:
 
 
 def cost_table(rows: Sequence[Row], column: str, levels: Sequence[float], costs: Sequence[str]) -> str:
-    """What a given subject score in new contexts costs along a curve: the scores at which the curve crosses it."""
+    """A table of what given levels of `subject_new` cost: the other scores where a method's curve reaches them."""
     table = []
     for method in methods_of(rows):
         curve = over(rows, method, column)
@@ -81,7 +81,7 @@ def cost_table(rows: Sequence[Row], column: str, levels: Sequence[float], costs:
 
 
 def cost_verdict(rows: Sequence[Row], column: str, method: str, other: str, level: float, costs: Sequence[str]) -> str:
-    """One sentence: what reaching a level of `subject_new` costs two methods along their curves, paired by subject."""
+    """A sentence that compares what a level of `subject_new` costs two methods along their curves, by subject."""
     pairs: dict[str, list[float]] = {cost: [] for cost in costs}
     for individual in by_subject(ends(rows, "report"), method, "subject_new"):
         a, b = (over(where(rows, individual=individual), name, column) for name in (method, other))
@@ -103,7 +103,10 @@ def cost_verdict(rows: Sequence[Row], column: str, method: str, other: str, leve
 
 
 def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[float]) -> str:
-    """Seconds of training until the mean subject score in new contexts reaches a level, by the seconds of a step."""
+    """A table of the seconds of training until the mean of `subject_new` reaches a level.
+
+    seconds: {method: seconds of a step}.
+    """
     table = []
     for method in methods_of(rows):
         curve = over(rows, method, "step")
@@ -115,7 +118,7 @@ def time_table(rows: Sequence[Row], seconds: dict[str, float], levels: Sequence[
 
 
 def control_table(rows: Sequence[Row], scores: Sequence[str]) -> list[Row]:
-    """A row a method and kind of control: means over seeds ± their standard deviation; then floor and ceiling."""
+    """Means over seeds ± standard deviation, a row for each kind of control and method; then floor and ceiling."""
     reported, table = ends(rows, "report"), []
     for kind in dict.fromkeys(row["individual"] for row in reported):
         for method in methods_of(reported):
@@ -137,9 +140,9 @@ def _with_deviation(rows: Sequence[Row], score: str) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def progress(rows: Sequence[Row], facts: Facts) -> str:
-    """How much of the grid is there."""
-    counts = {"reported runs": (len(ends(rows, "report")), facts.planned)}
-    if chosen := sum(facts.selection.values()):
+def progress(rows: Sequence[Row], provenance: Provenance) -> str:
+    """A sentence that says how many of the grid's runs are done."""
+    counts = {"reported runs": (len(ends(rows, "report")), provenance.planned)}
+    if chosen := sum(provenance.selection.values()):
         counts["runs that choose a learning rate"] = (len(ends(rows, "selection")), chosen)
     return " and ".join(f"{count} of {all_} {name}" for name, (count, all_) in counts.items()) + " are there.\n"

@@ -1,4 +1,4 @@
-"""The grid: methods × learning rates × subjects × seeds, what each run is told, and at which points it is scored."""
+"""The grid of methods × learning rates × subjects × seeds: the settings of each run, and when it is scored."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from finetuning.settings.reading import read_config
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison.
+    """A method that is compared with others.
 
     Attributes:
-        name: in the table; settings: flags of the trainer; learning_rates: to choose from.
-        scale_rate: rate of BOFT's scale s as a share of the learning rate; None = as the settings say.
+        name: its name in the tables.
+        settings: the settings of the trainer that make it this method.
+        learning_rates: the learning rates to choose from.
+        scale_rate: the learning rate of BOFT's scale s, as a share of the learning rate; None: as in the settings.
     """
 
     name: str
@@ -34,11 +36,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Part:
-    """Subjects and seeds of a phase.
+    """The subjects and seeds of a phase, which is the selection of learning rates or the report.
 
     Attributes:
-        keep: of the selection: how many learning rates of a method go on from the first subject to the others, so that
-            hopeless ones are tried once (successive halving, Jamieson and Talwalkar 2016); None = all.
+        subjects: the subjects, or kinds of control, that runs are about.
+        seeds: the seeds of the runs on each subject.
+        keep: in the selection, how many learning rates of a method are tried on further subjects after the first, so
+            that hopeless ones run once (successive halving, Jamieson and Talwalkar 2016). None keeps all.
     """
 
     subjects: tuple[str, ...] = ()
@@ -48,24 +52,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Sweep:
-    """More points at which reported runs are scored, beside their end at full strength.
+    """Further points at which reported runs are scored, besides their end at full strength.
 
     Attributes:
-        values: steps, or strengths; seeds: of the runs; methods: names, () = all.
+        values: steps, or strengths of the adapter.
+        seeds: the seeds of the runs that are scored there.
+        methods: the names of the methods that are scored there; () stands for all.
     """
 
     values: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0,)
     methods: tuple[str, ...] = ()
 
-    def values_of(self, piece: Piece) -> tuple[float, ...]:
-        has_method = not self.methods or piece.method.name in self.methods
-        return self.values if has_method and piece.seed in self.seeds and piece.phase == "report" else ()
+    def values_of(self, run: GridRun) -> tuple[float, ...]:
+        """The values at which this run is scored; none for runs that the sweep does not cover."""
+        has_method = not self.methods or run.method.name in self.methods
+        return self.values if has_method and run.seed in self.seeds and run.phase == "report" else ()
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run is scored: after `step` steps, the adapter at `strength`."""
+    """When a run is scored: after `step` steps, with the adapter at `strength`."""
 
     step: int
     strength: float = 1.0
@@ -73,13 +80,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a YAML file says.
+    """The grid that a YAML file describes.
 
     Attributes:
-        methods: what is compared; baseline: name of the one that differences are taken to.
-        selection: where learning rates are chosen, empty if each method has one; report: what is reported.
-        settings: flags that all runs share; choose_by: weights of the scores that choose the learning rate.
-        scoring: how the task scores; steps, strengths: further points of scoring.
+        output_dir: the folder of all runs and results.
+        methods: the methods that are compared.
+        baseline: the name of the method that differences are taken to.
+        selection: the subjects and seeds on which learning rates are chosen; empty if each method has only one.
+        report: the subjects and seeds whose runs are reported.
+        settings: settings of the trainer that all runs share.
+        choose_by: {score: weight} of the scores that choose the learning rate.
+        scoring: the task's settings of scoring.
+        steps, strengths: further points at which runs are scored.
     """
 
     output_dir: Path
@@ -95,16 +107,18 @@ class Grid:
 
     @property
     def last_step(self) -> int:
+        """The number of steps of each run."""
         return int(self.settings["max_train_steps"])
 
-    def selection_pieces(self, kept: Mapping[str, Sequence[float]] = MappingProxyType({})) -> list[Piece]:
-        """Subject by subject, so that an interrupted selection has seen all methods.
+    def selection_runs(self, kept: Mapping[str, Sequence[float]] = MappingProxyType({})) -> list[GridRun]:
+        """The runs that choose learning rates, subject by subject, so that all methods begin early.
 
-        kept: {method: rates that go on from the first subject to the others}, where `selection.keep` limits them;
-            methods that are not in it have only the first subject yet.
+        Args:
+            kept: {method: the learning rates that are tried on further subjects after the first}, where
+                `selection.keep` limits them. Methods that are not in it run on the first subject only.
         """
         return [
-            Piece("selection", method, rate, subject, seed)
+            GridRun("selection", method, rate, subject, seed)
             for k, subject in enumerate(self.selection.subjects)
             for seed in self.selection.seeds
             for method in self.methods
@@ -112,8 +126,8 @@ class Grid:
             if k == 0 or self.selection.keep is None or rate in kept.get(method.name, ())
         ]
 
-    def selection_runs(self) -> dict[str, int]:
-        """How many runs of the selection each method has."""
+    def selection_counts(self) -> dict[str, int]:
+        """{method: how many of its runs choose the learning rate}."""
         later, found = len(self.selection.subjects) - 1, {}
         for method in self.methods:
             tried = len(method.learning_rates)
@@ -121,10 +135,10 @@ class Grid:
             found[method.name] = len(self.selection.seeds) * (tried + later * going_on) if later >= 0 else 0
         return found
 
-    def report_pieces(self, rates: dict[str, float]) -> list[Piece]:
-        """The chosen rates on the reported subjects; methods without a choice are left out."""
+    def report_runs(self, rates: dict[str, float]) -> list[GridRun]:
+        """The reported runs, at the chosen rates; methods for which none is chosen yet are left out."""
         return [
-            Piece("report", method, rates[method.name], subject, seed)
+            GridRun("report", method, rates[method.name], subject, seed)
             for seed in self.report.seeds
             for subject in self.report.subjects
             for method in self.methods
@@ -133,8 +147,8 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One run of the grid."""
+class GridRun:
+    """One run of the grid. phase: "selection" or "report"."""
 
     phase: str
     method: Method
@@ -143,17 +157,18 @@ class Piece:
     seed: int
 
     def folder(self, grid: Grid) -> Path:
+        """The folder into which the run trains."""
         name = re.sub(r"[^\w.=-]+", "-", self.method.name)
         return grid.output_dir / "runs" / name / f"lr-{self.learning_rate:g}" / self.subject / f"seed-{self.seed}"
 
     def points(self, grid: Grid) -> list[Point]:
-        """Where it is scored; the end at full strength comes last."""
+        """The points at which the run is scored; its end at full strength comes last."""
         points = [Point(int(step)) for step in grid.steps.values_of(self)]
         points += [Point(grid.last_step, strength) for strength in grid.strengths.values_of(self)]
         return [*points, Point(grid.last_step)]
 
     def scores(self, grid: Grid, point: Point) -> Path:
-        """The file of a point's scores; the end's is scores.json, which makes the run complete."""
+        """The file of the scores at a point; that of the end is scores.json."""
         name = "scores"
         if point.step != grid.last_step:
             name += f"-step-{point.step}"
@@ -162,14 +177,15 @@ class Piece:
         return self.folder(grid) / f"{name}.json"
 
     def diverged(self, grid: Grid) -> Path:
-        """A file that is there if the run can never have scores."""
+        """A file that marks a run that diverged, and which will therefore never have scores."""
         return self.folder(grid) / "diverged"
 
     def is_complete(self, grid: Grid) -> bool:
+        """Whether the run has diverged, or is scored at all its points."""
         return self.diverged(grid).is_file() or all(self.scores(grid, point).is_file() for point in self.points(grid))
 
     def settings(self, grid: Grid, task: Task) -> dict[str, Any]:
-        """All flags of the trainer."""
+        """All settings of the trainer."""
         found: dict[str, Any] = {
             "report_to": "none",
             **grid.settings,
@@ -185,10 +201,12 @@ class Piece:
 
 
 class Task(Protocol):
-    """What is trained and how it is judged. `scripts/compare.py` has DreamBooth on the toy world.
+    """What is trained and how it is scored. The task of `scripts/compare.py` is DreamBooth on the toy world.
 
     Attributes:
-        trainer: script; config: its settings; scores: names, in the order of the table.
+        trainer: the trainer's script.
+        config: the class of its configuration.
+        scores: the names of the scores, in the order of the tables.
     """
 
     trainer: Path
@@ -196,20 +214,25 @@ class Task(Protocol):
     scores: tuple[str, ...]
 
     def faults(self, grid: Grid) -> Iterator[str]:
-        """What is wrong with subjects and scoring."""
+        """Yields a sentence about each fault in the grid's subjects and settings of scoring."""
 
-    def settings(self, piece: Piece, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
-        """Flags that follow from the subject and from those `given`, which come before these."""
+    def settings(self, run: GridRun, grid: Grid, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that follow from the run's subject. given: the other settings, which override these."""
 
-    def score(self, piece: Piece, point: Point, grid: Grid) -> dict[str, Any]:
-        """{"base": scores of the base model, "tuned": scores, …} of a run that has ended."""
+    def score(self, run: GridRun, point: Point, grid: Grid) -> dict[str, Any]:
+        """Scores of a run at a point: {"base": those of the base model, "tuned": those of the run, …}."""
 
 
 def read_grid(path: Path, task: Task, output_dir: Path | None = None) -> Grid:
-    """The grid of a file, every method's settings checked as the trainer will.
+    """Read a grid from a file, and check the settings of every method as the trainer will check them.
+
+    Args:
+        path: the YAML file.
+        task: what is trained and how it is scored.
+        output_dir: a folder to use instead of the file's.
 
     Raises:
-        InputError: with everything that is wrong with the file.
+        InputError: if anything is wrong with the file; it lists every fault.
     """
     try:
         content = yaml.safe_load(files.read(path))
@@ -228,12 +251,13 @@ def read_grid(path: Path, task: Task, output_dir: Path | None = None) -> Grid:
     content.pop("output_dir", None)
     if faults := [f"{path}: {fault}" for fault in (*_faults(grid, task, list(content)), *task.faults(grid))]:
         raise InputError(*faults)
-    for piece in {p.method.name: p for p in _every_method(grid)}.values():
-        _check_settings(piece, grid, task, path)
+    for run in {p.method.name: p for p in _every_method(grid)}.values():
+        _check_settings(run, grid, task, path)
     return grid
 
 
 def _grid(content: dict[str, Any], output_dir: Path | None) -> Grid:
+    """The grid of a file's content; takes what it knows out of `content`, so that unknown keys are left."""
     methods = tuple(
         Method(
             name,
@@ -247,7 +271,7 @@ def _grid(content: dict[str, Any], output_dir: Path | None) -> Grid:
     for name in ("selection", "report"):
         if part := content.pop(name, None):
             known = {"subjects", "seeds"} | ({"keep"} if name == "selection" else set())
-            content |= {f"{name}.{key}": part[key] for key in part if key not in known}  # told as unknown
+            content |= {f"{name}.{key}": part[key] for key in part if key not in known}  # an unknown key
             keep = int(part["keep"]) if name == "selection" and part.get("keep") is not None else None
             parts[name] = Part(tuple(map(str, part["subjects"])), tuple(map(int, part["seeds"])), keep)
     sweeps = {}
@@ -272,6 +296,7 @@ def _grid(content: dict[str, Any], output_dir: Path | None) -> Grid:
 
 
 def _faults(grid: Grid, task: Task, unknown: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence about each fault of a grid. unknown: keys of the file that nothing reads."""
     names = [method.name for method in grid.methods]
     if unknown:
         yield f"unknown key {', '.join(unknown)}; remove it"
@@ -300,14 +325,15 @@ def _faults(grid: Grid, task: Task, unknown: Sequence[str]) -> Iterator[str]:
         yield f"steps: {', '.join(odd)}: not before the last step, or no multiple of checkpointing_steps={every}"
 
 
-def _every_method(grid: Grid) -> list[Piece]:
-    return [*grid.selection_pieces(), *grid.report_pieces({m.name: m.learning_rates[0] for m in grid.methods})]
+def _every_method(grid: Grid) -> list[GridRun]:
+    """Runs in which every method occurs."""
+    return [*grid.selection_runs(), *grid.report_runs({m.name: m.learning_rates[0] for m in grid.methods})]
 
 
-def _check_settings(piece: Piece, grid: Grid, task: Task, path: Path) -> None:
-    """Raises InputError for settings that the trainer refuses."""
+def _check_settings(run: GridRun, grid: Grid, task: Task, path: Path) -> None:
+    """Raises InputError if the trainer would refuse a run's settings."""
     flags = []
-    for name, value in piece.settings(grid, task).items():
+    for name, value in run.settings(grid, task).items():
         if value is True or value is False:
             flags.append(f"--{'' if value else 'no_'}{name}")
         elif isinstance(value, list):
@@ -317,4 +343,4 @@ def _check_settings(piece: Piece, grid: Grid, task: Task, path: Path) -> None:
     try:
         read_config(task.config, flags)
     except InputError as error:
-        raise InputError(*(f"{path}, {piece.method.name}: {fault}" for fault in error.faults)) from None
+        raise InputError(*(f"{path}, {run.method.name}: {fault}" for fault in error.faults)) from None

@@ -1,4 +1,4 @@
-"""Tables and plots of a comparison, from its rows; in a folder with a README.md that shows them."""
+"""Writes the tables and plots of a comparison into a folder, with a README.md that shows them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from finetuning.studies.comparison.results import choose_table, criterion, ends,
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the rows do not say.
+class Provenance:
+    """Where the rows of a comparison come from.
 
     Attributes:
-        command: that made them; date, machine: when and where it was last run.
-        planned: reported runs of the whole grid; selection: runs that choose the learning rate, by method.
-        steps: of each run; baseline: method that differences are taken to.
-        choose_by: weights of the scores that chose the learning rates; scores: names, in order.
+        command: the command that made them.
+        date, machine: when and where it was last run.
+        planned: the number of reported runs in the whole grid.
+        selection: {method: its number of runs that choose the learning rate}.
+        steps: the number of steps of each run.
+        baseline: the method that differences are taken to.
+        choose_by: {score: weight} of the scores that chose the learning rates.
+        scores: the names of the scores, in the order of the tables.
     """
 
     command: str
@@ -40,14 +44,15 @@ class Facts:
     scores: tuple[str, ...]
 
     @classmethod
-    def of(cls, grid: Grid, scores: Sequence[str], command: str) -> Facts:
+    def of(cls, grid: Grid, scores: Sequence[str], command: str) -> Provenance:
+        """The provenance of the rows of a grid, as of today and on this machine."""
         planned = len(grid.methods) * len(grid.report.subjects) * len(grid.report.seeds)
         return cls(
             command=command,
             date=time.strftime("%Y-%m-%d"),
             machine=machine(),
             planned=planned,
-            selection=grid.selection_runs(),
+            selection=grid.selection_counts(),
             steps=grid.last_step,
             baseline=grid.baseline,
             choose_by=grid.choose_by,
@@ -56,7 +61,7 @@ class Facts:
 
 
 def machine() -> str:
-    """The processor and its number of cores."""
+    """The name of the processor and its number of cores."""
     model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
         names = [
@@ -68,18 +73,18 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def save(path: Path, rows: Sequence[Row], facts: Facts) -> None:
-    """Write the rows as `path`.csv and the facts as `path`.json."""
+def save(path: Path, rows: Sequence[Row], provenance: Provenance) -> None:
+    """Write the rows as `path`.csv, and their provenance as `path`.json."""
     write(path.with_suffix(".csv"), as_csv(rows))
-    write(path.with_suffix(".json"), as_json(vars(facts)))
+    write(path.with_suffix(".json"), as_json(vars(provenance)))
 
 
-def load(path: Path) -> tuple[list[Row], Facts]:
-    """What `save` wrote; what is no number stays text, what is missing is None."""
+def load(path: Path) -> tuple[list[Row], Provenance]:
+    """Read what `save` wrote. Missing values are None."""
     with open(path.with_suffix(".csv"), encoding="utf-8", newline="") as file:
         rows = [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
-    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return rows, Facts(**{**facts, "scores": tuple(facts["scores"])})
+    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return rows, Provenance(**{**content, "scores": tuple(content["scores"])})
 
 
 def _value(name: str, text: str) -> Any:
@@ -90,30 +95,30 @@ def _value(name: str, text: str) -> Any:
     return int(text) if name in ("seed", "step", "trained") else float(text)
 
 
-def write_page(folder: Path, rows: Sequence[Row], facts: Facts, grid: Grid) -> str:
-    """Tables and plots of what is there; returns the README.md."""
-    save(folder / "rows", rows, facts)
+def write_page(folder: Path, rows: Sequence[Row], provenance: Provenance, grid: Grid) -> str:
+    """Write tables and plots of the runs that are done into a folder; returns the text of its README.md."""
+    save(folder / "rows", rows, provenance)
     reported = ends(rows, "report")
     text = [
         "# Comparison\n",
-        f"`{facts.command}`, written {facts.date} on {facts.machine}: {len(reported)} of {facts.planned} reported "
-        f"runs, {facts.steps} steps each.\n",
+        f"`{provenance.command}`, written {provenance.date} on {provenance.machine}: {len(reported)} of "
+        f"{provenance.planned} reported runs, {provenance.steps} steps each.\n",
         "Mean ± half the width of the 95 % confidence interval over subjects (Student's t; the seeds of a subject are "
         "averaged first).\n",
     ]
     if reported:
-        means, differences = summary(rows, facts.baseline, facts.scores)
+        means, differences = summary(rows, provenance.baseline, provenance.scores)
         write_table(folder, "means", means)
-        text += [markdown(with_intervals(means)), f"## Difference to {facts.baseline}, paired by subject\n"]
+        text += [markdown(with_intervals(means)), f"## Difference to {provenance.baseline}, paired by subject\n"]
         text += [markdown(with_intervals(differences)) if differences else "No other method has run yet.\n"]
         plots.scores(rows, folder / "scores.png")
         plots.tradeoff(rows, folder / "tradeoff.png")
-    if table := choose_table(rows, facts.choose_by, facts.scores, facts.selection):
+    if table := choose_table(rows, provenance.choose_by, provenance.scores, provenance.selection):
         write_table(folder, "selection", table)
         subjects = ", ".join(grid.selection.subjects)
-        text += [f"## Learning rates, chosen on {subjects} by the largest {criterion(facts.choose_by)}\n"]
+        text += [f"## Learning rates, chosen on {subjects} by the largest {criterion(provenance.choose_by)}\n"]
         text += [markdown(table)]
-        plots.selection(table, criterion(facts.choose_by), folder / "selection.png")
+        plots.selection(table, criterion(provenance.choose_by), folder / "selection.png")
     page = "\n".join(text)
     write(folder / "README.md", page)
     return page

@@ -1,11 +1,11 @@
-"""Plots of a comparison's rows: one colour a method, the same in all of them."""
+"""Plots of a comparison's rows. A method has the same colour in all of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ from finetuning.evaluation.statistics import mean_and_interval
 from finetuning.studies.comparison.results import BASE, LESS_IS_BETTER, by_subject, ends, methods_of, over, where
 
 SHOWN = ("subject", "subject_new", "context", "others", "leak", "drift")
-FAR = ("subject", "subject_new")  # where the base model's line would hide all differences
+FAR = ("subject", "subject_new")  # scores for which a line of the base model would squeeze all differences
 NAMES = {
     "subject": "subject: likeness to it (1 = itself)",
     "subject_new": "subject in new contexts (1 = itself)",
@@ -33,12 +33,12 @@ DIRECTIONS = {"context": ", more is better", "others": ", more is better"} | dic
 
 
 def colours(rows: Sequence[Row]) -> dict[str, Any]:
-    """By the order of the methods in all rows of a comparison, so that a method keeps its colour."""
+    """A colour for each method, by the order of the methods in all rows of a comparison."""
     return {method: colormaps["tab10"](i % 10) for i, method in enumerate(methods_of(rows))}
 
 
 def scores(rows: Sequence[Row], path: Path, shown: Sequence[str] = SHOWN) -> None:
-    """A panel a score: each method's mean with its interval, its subjects as pale dots, the base model as a line."""
+    """A panel for each score: means of methods with intervals, subjects as pale dots, the base model as a line."""
     reported, colour = ends(rows, "report"), colours(rows)
     names = methods_of(reported)
     figure = Figure(figsize=(11, 2 * (1.1 + 0.3 * len(names))), layout="constrained")
@@ -61,7 +61,7 @@ def scores(rows: Sequence[Row], path: Path, shown: Sequence[str] = SHOWN) -> Non
 
 
 def tradeoff(rows: Sequence[Row], path: Path) -> None:
-    """Fidelity against what it costs: drift of other captions, and the context that the prompt asks for."""
+    """Fidelity against its costs: the drift of other captions, and contexts that are no longer right."""
     reported = ends(rows, "report")
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -81,7 +81,7 @@ def tradeoff(rows: Sequence[Row], path: Path) -> None:
 
 
 def trajectories(rows: Sequence[Row], path: Path) -> None:
-    """Fidelity against drift while training goes on: a curve a method from the base model, a dot each scored step."""
+    """Fidelity against drift and leak during training: a curve for each method, with a dot for each scored step."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     curves = {method: over(rows, method, "step") for method in methods_of(rows)}
@@ -103,7 +103,7 @@ def trajectories(rows: Sequence[Row], path: Path) -> None:
 
 
 def strengths(rows: Sequence[Row], path: Path) -> None:
-    """What turning an adapter down does: two scores over α, and one against the other."""
+    """What lowering an adapter's strength does: two scores over the strength α, and one score over the other."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for method, colour in colours(rows).items():
@@ -122,9 +122,12 @@ def strengths(rows: Sequence[Row], path: Path) -> None:
 
 
 def block_sizes(rows: Sequence[Row], path: Path) -> None:
-    """Fidelity over the block size, over what is trained, and against drift: a curve a number of factors, from the
-    methods that are named "b=8 m=2"; diamonds are the others."""
-    reported, sizes = ends(rows, "report"), {}
+    """Fidelity over the block size, over the number of trained parameters, and over drift.
+
+    There is a curve for each number of factors, from the methods with names such as "b=8 m=2"; others are diamonds.
+    """
+    reported = ends(rows, "report")
+    sizes: dict[str, list[tuple[int, str]]] = {}
     for name in methods_of(reported):
         match = re.fullmatch(r"b=(\d+) m=(\d+)", name)
         sizes.setdefault(f"m = {match[2]}" if match else name, []).append((int(match[1]) if match else 0, name))
@@ -134,7 +137,7 @@ def block_sizes(rows: Sequence[Row], path: Path) -> None:
     for i, label in enumerate(order):
         x, names = zip(*sorted(sizes[label]))
         own = [where(reported, method=name) for name in names]
-        style = {"color": colormaps["tab20"](2 * i % 20 + i // 10), "label": label}
+        style: dict[str, Any] = {"color": colormaps["tab20"](2 * i % 20 + i // 10), "label": label}
         style |= {"marker": "o", "ls": "-", "ms": 5} if x[0] else {"marker": "D", "ls": "", "ms": 6}
         y = [mean_of(rows, "subject_new") for rows in own]
         if x[0]:
@@ -158,7 +161,7 @@ def block_sizes(rows: Sequence[Row], path: Path) -> None:
 
 
 def times(rows: Sequence[Row], seconds: dict[str, float], path: Path) -> None:
-    """Subject score over seconds of training. seconds: of a step, by method."""
+    """Subject score over seconds of training. seconds: {method: seconds of a step}."""
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axis = figure.subplots()
     for method, colour in colours(rows).items():
@@ -174,8 +177,10 @@ def times(rows: Sequence[Row], seconds: dict[str, float], path: Path) -> None:
 
 
 def selection(table: Sequence[Row], criterion: str, path: Path) -> None:
-    """What each learning rate gives on the subjects of the selection; those tried on fewer ones stand apart, because
-    subjects are not equally easy."""
+    """The weighted sum of scores over the learning rate, on the subjects of the selection.
+
+    Rates that were tried on fewer subjects are not joined to the others, because subjects are not equally easy.
+    """
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for method, colour in colours(table).items():
@@ -197,7 +202,7 @@ def selection(table: Sequence[Row], criterion: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _plain(axis: Axes, grid: str = "both") -> None:
+def _plain(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
     axis.grid(axis=grid, alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -1,7 +1,7 @@
-"""Running what is missing of a grid, one run after another; as many processes as one likes may share the work.
+"""Trains and scores the missing runs of a grid, one after another. Any number of processes may share the work.
 
-A run belongs to the process that holds the lock on its file. The lock goes with the process, however it ends, and the
-trainer inherits it, so that nobody starts a run again while a trainer without its parent still writes.
+A run belongs to the process that holds the lock on its file. The system releases the lock when the process ends, in
+whatever way. The trainer inherits it, so that no other process starts the run while an orphaned trainer still writes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,28 @@ import yaml
 from finetuning.errors import InputError, RunError
 from finetuning.evaluation.score_table import as_json, write
 from finetuning.run.gradients import DIVERGED
-from finetuning.studies.comparison.grid import Grid, Piece, Task
+from finetuning.studies.comparison.grid import Grid, GridRun, Task
 from finetuning.studies.comparison.results import choose_rates, keep_rates, read_rows
 from finetuning.studies.comparison.trainer import run_trainer
 
-FAILURES = 3  # runs that fail before a process gives up: one may be an accident
+FAILURES = 3  # how many runs may fail before a process gives up
 PAUSE = 2  # seconds between two looks at what other processes have done
-Pieces = Callable[[], Sequence[Piece]]
+Runs = Callable[[], Sequence[GridRun]]
 
 
 def run_grid(grid: Grid, task: Task, limit: int | None, say: Callable[[str], None]) -> bool:
-    """Run at most `limit` runs that are missing, None = all; False = stopped by a signal, its trainer with it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    """Train and score the missing runs of a grid.
+
+    Args:
+        limit: the largest number of runs; None is no limit.
+        say: is called with the name of each run that begins.
+
+    Returns:
+        False if a signal has stopped the work, and the trainer with it; otherwise True.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
     try:
-        run_missing(lambda: pieces_of(grid, task), grid, task, sys.maxsize if limit is None else limit, say)
+        run_missing(lambda: runs_of(grid, task), grid, task, sys.maxsize if limit is None else limit, say)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return False
@@ -43,32 +51,37 @@ def run_grid(grid: Grid, task: Task, limit: int | None, say: Callable[[str], Non
     return True
 
 
-def pieces_of(grid: Grid, task: Task) -> list[Piece]:
-    """The selection, and what is to be reported of the methods whose learning rate is chosen by now."""
-    kept = keep_rates(grid, read_rows(grid.selection_pieces(), grid, task.scores), task.scores)
-    selection = grid.selection_pieces(kept)
+def runs_of(grid: Grid, task: Task) -> list[GridRun]:
+    """The runs of the selection, and the reported runs of the methods whose learning rate has been chosen."""
+    kept = keep_rates(grid, read_rows(grid.selection_runs(), grid, task.scores), task.scores)
+    selection = grid.selection_runs(kept)
     rates = choose_rates(grid, read_rows(selection, grid, task.scores), task.scores)
-    return [*selection, *grid.report_pieces(rates)]
+    return [*selection, *grid.report_runs(rates)]
 
 
-def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callable[[str], None]) -> int:
-    """Train and score what is missing and not claimed by others, at most `limit` runs; returns how many were run.
+def run_missing(runs: Runs, grid: Grid, task: Task, limit: int, say: Callable[[str], None]) -> int:
+    """Train and score runs that are missing and that no other process has claimed, at most `limit` of them.
 
-    Ends when all that is left is what others work on, not when others must first do what more can follow from.
+    Returns once every missing run is claimed by another process, but keeps waiting while such a run can still add new
+    ones.
 
     Args:
-        pieces: is asked anew after every run, because reported runs follow from what the others have shown.
+        runs: returns all runs; it is called again after every run, because reported runs follow from the selection.
+        say: is called with the name of each run that begins, and once when waiting begins.
+
+    Returns:
+        How many runs this process has trained.
 
     Raises:
-        RunError: some trainers have failed; the others have run first, unless there are FAILURES of them.
+        RunError: if trainers have failed. All other runs are done first, unless FAILURES trainers have failed.
     """
     errors: dict[Path, RunError] = {}
     count, is_waiting = 0, False
     while count < limit and len(errors) < FAILURES:
-        left = [piece for piece in pieces() if piece.folder(grid) not in errors]
-        with claim_next(left, grid, task) as (piece, locks):
-            if piece is None:
-                if not any(leads_on(piece, grid) for piece in left):
+        left = [run for run in runs() if run.folder(grid) not in errors]
+        with claim_next(left, grid, task) as (run, locks):
+            if run is None:
+                if not any(leads_on(run, grid) for run in left):
                     break
                 if not is_waiting:
                     say("waiting for other processes")
@@ -77,18 +90,18 @@ def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callabl
                 continue
             is_waiting = False
             count += 1
-            say(str(piece.folder(grid).relative_to(grid.output_dir / "runs")))
+            say(str(run.folder(grid).relative_to(grid.output_dir / "runs")))
             try:
-                is_trained = train(piece, grid, task, locks)
+                is_trained = train(run, grid, task, locks)
             except RunError as error:
-                errors[piece.folder(grid)] = error
+                errors[run.folder(grid)] = error
                 continue
-            if images := shared_folder(piece, grid, task):
+            if images := shared_folder(run, grid, task):
                 images.with_suffix(".complete").touch()
-            for point in piece.points(grid) if is_trained else ():
-                if not piece.scores(grid, point).is_file():
-                    write(piece.scores(grid, point), as_json(task.score(piece, point, grid)))
-            for checkpoint in piece.folder(grid).glob("checkpoint-*"):
+            for point in run.points(grid) if is_trained else ():
+                if not run.scores(grid, point).is_file():
+                    write(run.scores(grid, point), as_json(task.score(run, point, grid)))
+            for checkpoint in run.folder(grid).glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
     if errors:
         raise RunError("\n".join(map(str, errors.values())))
@@ -96,38 +109,44 @@ def run_missing(pieces: Pieces, grid: Grid, task: Task, limit: int, say: Callabl
 
 
 @contextmanager
-def claim_next(pieces: Sequence[Piece], grid: Grid, task: Task) -> Iterator[tuple[Piece | None, list[int]]]:
-    """The first piece that is missing and that nobody else works on, and its locks; (None, []) if there is none.
+def claim_next(runs: Sequence[GridRun], grid: Grid, task: Task) -> Iterator[tuple[GridRun | None, list[int]]]:
+    """Claims the first run that is missing and that no other process has claimed, for the length of the block.
 
-    Class images are made by the first run that needs them; until they are there, other runs that need them wait.
+    Class images are made by the first run that needs them; other runs that need them wait until they are there.
+
+    Yields:
+        The run and the descriptors of its locks, or (None, []) if there is no such run.
     """
-    for piece in pieces:
-        if piece.is_complete(grid):
+    for run in runs:
+        if run.is_complete(grid):
             continue
-        files = [piece.folder(grid) / "claim"]
-        images = shared_folder(piece, grid, task)
+        files = [run.folder(grid) / "claim"]
+        images = shared_folder(run, grid, task)
         if images and not images.with_suffix(".complete").exists():
             files.append(images.with_suffix(".claim"))
         with ExitStack() as stack:
-            locks = [stack.enter_context(lock(file)) for file in files]
-            if None not in locks and not piece.is_complete(grid):
-                yield piece, locks
+            locks = [held for file in files if (held := stack.enter_context(lock(file))) is not None]
+            if len(locks) == len(files) and not run.is_complete(grid):
+                yield run, locks
                 return
     yield None, []
 
 
-def leads_on(piece: Piece, grid: Grid) -> bool:
-    """Whether a run that cannot be claimed now leaves something to do later: it waits for class images that another
-    process makes, or another process runs it to choose a learning rate, with which more will be run."""
-    if piece.is_complete(grid):
+def leads_on(run: GridRun, grid: Grid) -> bool:
+    """Whether a run that cannot be claimed now leaves something to do later.
+
+    That is so if it waits for class images that another process makes, or if another process trains it to choose a
+    learning rate, with which more runs will follow.
+    """
+    if run.is_complete(grid):
         return False
-    with lock(piece.folder(grid) / "claim") as own:
-        return own is not None or piece.phase == "selection"
+    with lock(run.folder(grid) / "claim") as own:
+        return own is not None or run.phase == "selection"
 
 
 @contextmanager
 def lock(file: Path) -> Iterator[int | None]:
-    """The descriptor of a locked file, or None if another process holds it."""
+    """Locks a file for the length of the block; yields its descriptor, or None if another process holds the lock."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
@@ -141,21 +160,27 @@ def lock(file: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def shared_folder(piece: Piece, grid: Grid, task: Task) -> Path | None:
-    """Where the class images of a run lie."""
-    folder = piece.settings(grid, task).get("class_data_dir")
+def shared_folder(run: GridRun, grid: Grid, task: Task) -> Path | None:
+    """The folder of a run's class images, which runs share, or None if it has none."""
+    folder = run.settings(grid, task).get("class_data_dir")
     return Path(folder) if folder else None
 
 
-def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> bool:
-    """Run the trainer, or what is left of an interrupted run; False = it has diverged, as it will every time.
+def train(run: GridRun, grid: Grid, task: Task, locks: Sequence[int] = ()) -> bool:
+    """Train a run, or the rest of an interrupted one.
+
+    Args:
+        locks: file descriptors that the trainer keeps open.
+
+    Returns:
+        False if the run has diverged, which it would do every time; otherwise True.
 
     Raises:
-        InputError: the folder holds a run with other settings.
-        RunError: the trainer has failed.
+        InputError: if the folder holds a run with other settings.
+        RunError: if the trainer fails.
     """
-    folder = piece.folder(grid)
-    path, settings = folder / "grid.yaml", piece.settings(grid, task)
+    folder = run.folder(grid)
+    path, settings = folder / "grid.yaml", run.settings(grid, task)
     if path.is_file() and (before := yaml.safe_load(path.read_text(encoding="utf-8"))) != settings:
         names = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
         raise InputError(f"{folder}: was run with another {', '.join(names)}; give another output_dir or remove it")
@@ -169,7 +194,7 @@ def train(piece: Piece, grid: Grid, task: Task, locks: Sequence[int] = ()) -> bo
     if code:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no output"])[-1]
         if DIVERGED in last:
-            write(piece.diverged(grid), last)
+            write(run.diverged(grid), last)
             return False
         raise RunError(f"{folder}: the trainer ended with exit code {code}: {last} (all of it: {log})")
     (folder / "trained").touch()

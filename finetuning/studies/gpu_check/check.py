@@ -1,4 +1,4 @@
-"""What a stage is given: where it runs, its share of the time, and the file that takes its results as they come."""
+"""What a stage works with: the device, its share of the time, and the file that its results are written to at once."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from finetuning import files as text_file
 from finetuning.evaluation.score_table import as_json
 
 RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped at its share of the time"
-CALLS = 6  # of an error's traceback
+CALLS = 6  # how many of the last calls of an error's traceback are recorded
 
 
 class DeviceLost(RuntimeError):
-    """The device no longer answers, as after an illegal access: nothing more can be measured in this process."""
+    """The device no longer answers, e.g. after an illegal access, so that this process can measure nothing more."""
 
 
 @dataclass
 class Check:
-    """A stage at work.
+    """A stage that is running.
 
     Attributes:
-        stage: its name; device: where it runs; tiny: small shapes and few rounds, for a rehearsal.
-        folder: of all results, which gets STAGE.json; ends: `time.time()` at which the stage must have ended.
-        found: the machine, see found.py.
-        results, errors: of what has been measured, by name; left_out: what there was no time for.
+        stage: the name of the stage.
+        device: where it runs.
+        tiny: whether shapes are small and rounds few, for a rehearsal.
+        folder: the folder of all results, into which STAGE.json is written.
+        ends: the time, as `time.time()` counts it, by which the stage must have ended.
+        found: the description of the machine, see machine.py.
+        status: how the stage stands; one of the constants above.
+        results: {name of a measurement: its result}.
+        errors: {name of a measurement: the error that ended it}.
+        left_out: names of measurements for which there was no time.
+        began: when the stage began.
     """
 
     stage: str
@@ -48,32 +55,38 @@ class Check:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
     @property
     def scratch(self) -> Path:
-        """A folder for what a stage makes on the way."""
+        """A folder for the intermediate files of this stage; it exists."""
         place = self.folder / "runs" / self.stage
         place.mkdir(parents=True, exist_ok=True)
         return place
 
     def left(self) -> float:
-        """Seconds that are left."""
+        """How many seconds are left for this stage."""
         return self.ends - time.time()
 
     def put(self, name: str, value: Any) -> None:
-        """A result, which is in the file when this returns; one that is there is replaced."""
+        """Record a result under a name and write it to the file at once; an earlier one of that name is replaced."""
         self.results[name] = value
         self.write()
 
     def measure(self, name: str, measure: Callable[[], Any], needs: float = 0.0) -> Any:
-        """Puts what `measure` returns, or its error; returns it, or None.
+        """Call `measure` and record what it returns, or the error that it raises.
 
         Args:
-            needs: Seconds that it will take; where fewer are left, it is left out, which is put down as well.
+            name: the name of the measurement.
+            measure: does the work.
+            needs: about how many seconds it takes. If fewer are left, the measurement is recorded as left out.
+
+        Returns:
+            What `measure` returned, or None after an error or if the measurement was left out.
 
         Raises:
-            DeviceLost: after the error, the device does not answer.
+            DeviceLost: if the device does not answer after an error.
         """
         if self.left() < needs:
             self.left_out.append(name)
@@ -87,14 +100,14 @@ class Check:
             self.put(name, value)
             return value
         self.write()
-        self.release()  # not above, where the error still holds on to what its calls have allocated
+        self.release()  # outside of `except`, where the error still refers to what its calls have allocated
         return None
 
     def release(self) -> None:
-        """Gives back the memory of what is no longer used.
+        """Free the memory of what is no longer used.
 
         Raises:
-            DeviceLost: the device does not answer.
+            DeviceLost: if the device does not answer.
         """
         gc.collect()
         if self.on_gpu:
@@ -105,7 +118,7 @@ class Check:
                 raise DeviceLost(describe(error)) from error
 
     def write(self) -> None:
-        """STAGE.json."""
+        """Write everything that has been recorded so far to STAGE.json."""
         content = {
             "stage": self.stage,
             "status": self.status,
@@ -120,11 +133,11 @@ class Check:
 
 
 def path_of(folder: Path, stage: str) -> Path:
-    """Where a stage's results lie."""
+    """The file of a stage's results."""
     return folder / f"{stage}.json"
 
 
 def describe(error: BaseException) -> str:
-    """An error, and the last calls that led to it."""
+    """An error with its message, and the last calls that led to it, as lines of text."""
     calls = [f"  {f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-CALLS:]]
     return "\n".join([f"{type(error).__name__}: {str(error)[:1000]}", *calls])

@@ -1,4 +1,4 @@
-"""Time and memory of work on a device."""
+"""Measures the time and the memory that work on a device takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 
 def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
-    """How long work takes from its beginning to its end on the device, by CUDA events there; waiting for the host
-    counts, as it does in training."""
+    """How many milliseconds work takes on the device, from its beginning to its end, by CUDA events.
+
+    Time in which the device waits for the host counts, as it does in training. On a CPU the host's clock is used.
+    """
     if device.type != "cuda":
         begun = time.perf_counter()
         work()
@@ -25,7 +27,7 @@ def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """How long work keeps the host and the device, by the host's clock."""
+    """How many seconds pass, by the host's clock, until both host and device have finished the work."""
     synchronize(device)
     begun = time.perf_counter()
     work()
@@ -34,7 +36,10 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def peak_gib(device: torch.device, work: Callable[[], object]) -> float | None:
-    """GiB that were allocated on the GPU at most while work was done, with what lay there before; None on a CPU."""
+    """The largest amount of memory, in GiB, that was allocated on the GPU during the work; None on a CPU.
+
+    What was allocated before the work counts as well.
+    """
     if device.type != "cuda":
         work()
         return None
@@ -46,6 +51,6 @@ def peak_gib(device: torch.device, work: Callable[[], object]) -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,13 +1,14 @@
-"""What the adapter must be equal to, on this device: errors beside the limits that they must keep.
+"""Compares the adapter on this device with what it must equal; states each error beside its limit.
 
-The reference is the definition in float64 on the CPU: dense rotations, factor by factor, and autograd.
+The reference is the adapter's definition in float64 on the CPU: dense rotations, factor by factor, and autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,15 @@ from finetuning.studies.gpu_check.check import Check
 
 TARGETS = ["first", "second", "conv"]
 B = 8  # block size
-ROWS = (4, 256)  # few: activations are rotated; many: weights are
-LIMITS = {torch.float32: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.01}  # of the largest value
+ROWS = (4, 256)  # for few rows the adapter rotates activations, for many it rotates weights
+LIMITS = {torch.float32: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.01}  # in units of the largest value
 Gradients = dict[str, Tensor]
 
 
 class Net(nn.Module):
     """Two linear layers, one without bias, and a convolution."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(128, 192)
         self.second = nn.Linear(192, 256, bias=False)
@@ -39,33 +40,33 @@ class Net(nn.Module):
 
 
 def run(check: Check) -> None:
-    """Errors of every identity, {"error", "limit", "holds"}; exact ones have the limit 0."""
+    """Measure every identity as {"error", "limit", "holds"}; those that must hold exactly have the limit 0."""
     with exact_products():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             for m in (1, 2, 4):
                 for rows in ROWS:
                     about = f"dense reference, {name}, m={m}, {rows} rows"
-                    check.measure(about, lambda d=dtype, m=m, r=rows: against_dense(check.device, d, m, r))
+                    check.measure(about, partial(against_dense, check.device, dtype, m, rows))
         for title, identity in IDENTITIES.items():
-            check.measure(title, lambda identity=identity: identity(check.device))
+            check.measure(title, partial(identity, check.device))
         count(check)
         backend = "inductor" if check.on_gpu else "aot_eager"  # all of compilation but the code generator
         for m in (1, 2):
             title = f"compiled ({backend}): one graph, the same values and gradients, m={m}"
-            check.measure(title, lambda m=m: compiled(check.device, m, backend), needs=20 if check.on_gpu else 0)
+            check.measure(title, partial(compiled, check.device, m, backend), needs=20 if check.on_gpu else 0)
     count(check)
 
 
 def count(check: Check) -> None:
-    """How many hold; one that could not be measured does not."""
+    """Record how many identities hold; one that could not be measured counts as not held."""
     held = [row["holds"] for name, row in check.results.items() if name != "all"]
     check.put("all", {"identities": len(held) + len(check.errors), "hold": sum(held)})
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 products in float32, not in TF32."""
+    """Computes products of float32 numbers in float32, not in TF32, within the block."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -74,8 +75,10 @@ def exact_products() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
-def adapted(device: torch.device, dtype: torch.dtype = torch.float32, m: int = 2, std: float = 0.1, **options) -> Net:
-    """A net with random weights and random adapters."""
+def adapted(
+    device: torch.device, dtype: torch.dtype = torch.float32, m: int = 2, std: float = 0.1, **options: Any
+) -> Net:
+    """A net with random weights and random adapters. m: number of factors; std: of the adapters' numbers."""
     torch.manual_seed(0)
     net = Net().to(device, dtype).eval()
     config = BOFTConfig(boft_block_size=B, boft_n_butterfly_factor=m, target_modules=TARGETS, **options)
@@ -86,7 +89,7 @@ def adapted(device: torch.device, dtype: torch.dtype = torch.float32, m: int = 2
 
 @torch.no_grad()
 def randomize(net: nn.Module, adapter: str, std: float, seed: int = 1) -> None:
-    """Adapters that do something, with the same numbers on every device."""
+    """Give an adapter of all layers random numbers around those that do nothing, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(net):
         for parameter, rest in ((layer.boft_R[adapter], 0), (layer.boft_s[adapter], 1)):
@@ -94,32 +97,37 @@ def randomize(net: nn.Module, adapter: str, std: float, seed: int = 1) -> None:
 
 
 def layers_of(net: nn.Module) -> list[BOFTLayer]:
+    """All adapted layers of a net."""
     return [module for module in net.modules() if isinstance(module, BOFTLayer)]
 
 
 def rows_of(count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random input of the net, (count, 128)."""
     x = torch.randn(count, 128, generator=torch.Generator().manual_seed(2))
     return x.to(device, dtype)
 
 
 def outcome(error: Tensor | float, limit: float) -> dict[str, Any]:
+    """An error beside its limit, and whether it is within it."""
     error = float(error.detach()) if isinstance(error, Tensor) else error
     return {"error": error, "limit": limit, "holds": error <= limit}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference, in units of the largest value of b."""
+    """The largest difference between a and b, in units of the largest value of b."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
 def gradients(net: nn.Module, loss: Tensor) -> Gradients:
+    """{name of a parameter: the gradient of the loss}."""
     net.zero_grad()
     loss.backward()
     return {name: p.grad.detach().clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 def farthest(a: Gradients, b: Gradients) -> float:
+    """The largest `distance` between gradients of the same parameters."""
     if a.keys() != b.keys():
         raise ValueError(f"gradients of other parameters: {sorted(a.keys() ^ b.keys())}")
     return max(distance(a[name], b[name]) for name in b)
@@ -129,18 +137,18 @@ def farthest(a: Gradients, b: Gradients) -> float:
 
 
 def dense_rotation(R: Tensor) -> Tensor:
-    """B (d, d) of R (m, D, b, b), float64: the product of its factors, each as the paper defines it."""
+    """The rotation (d, d) of R (m, D, b, b), in float64: the product of its factors, as the paper defines them."""
     S = (R - R.mT) / 2
     I = torch.eye(R.shape[-1], dtype=R.dtype)
     Q = torch.linalg.solve(I + S, I - S, left=False)
     rows = torch.eye(R.shape[1] * R.shape[-1], dtype=R.dtype)
-    for i in reversed(range(len(Q))):  # x B applies the last factor first
+    for i in reversed(range(len(Q))):  # in x B, the last factor is applied first
         rows = apply_factor(rows, Q[i], i)
     return rows
 
 
 def dense_forward(net: Net, parameters: dict[str, tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """The net with dense rotations in float64; parameters: R and s of each layer."""
+    """The net's output with dense rotations, in float64. parameters: {name of a layer: its R and s}."""
 
     def rotated(name: str) -> tuple[Tensor, Tensor | None]:
         base, (R, s) = getattr(net, name).get_base_layer(), parameters[name]
@@ -154,15 +162,9 @@ def dense_forward(net: Net, parameters: dict[str, tuple[Tensor, Tensor]], x: Ten
 
 
 def against_dense(device: torch.device, dtype: torch.dtype, m: int, rows: int) -> dict[str, Any]:
-    """Output and gradients of input, rotations and scales; those in float16 by a GradScaler."""
+    """Compare output and gradients of input, R and s with the reference; in float16, a GradScaler is used."""
     net, x = adapted(device, dtype, m), rows_of(rows, device, dtype).requires_grad_()
-    parameters = {
-        name: tuple(
-            values["default"].detach().double().cpu().requires_grad_()
-            for values in (getattr(net, name).boft_R, getattr(net, name).boft_s)
-        )
-        for name in TARGETS
-    }
+    parameters = {name: (leaf(getattr(net, name).boft_R), leaf(getattr(net, name).boft_s)) for name in TARGETS}
     x_true = x.detach().double().cpu().requires_grad_()
     y_true = dense_forward(net, parameters, x_true)
     leaves = [x_true, *(tensor for pair in parameters.values() for tensor in pair)]
@@ -173,6 +175,7 @@ def against_dense(device: torch.device, dtype: torch.dtype, m: int, rows: int) -
     net.zero_grad()
     scaler.scale(y.float().square().mean()).backward()
     factor = scaler.get_scale()
+    assert x.grad is not None
     found = [x.grad]
     for name in TARGETS:
         layer = getattr(net, name)
@@ -182,12 +185,18 @@ def against_dense(device: torch.device, dtype: torch.dtype, m: int, rows: int) -
     return outcome(max(errors), limit if dtype == torch.float32 else 2 * limit) | {"output_error": errors[0]}
 
 
+def leaf(values: Mapping[str, Tensor]) -> Tensor:
+    """A copy of the numbers of the adapter "default" in float64 on the CPU, which gets gradients."""
+    return values["default"].detach().double().cpu().requires_grad_()
+
+
 # Identities of a model with itself
 
 
 def merged(device: torch.device) -> dict[str, Any]:
+    """Merged weights give the output of unmerged ones, and unmerging restores the weights to the bit."""
     net, x = adapted(device), rows_of(256, device)
-    layers = layers_of(net)
+    layers = [cast(Any, layer) for layer in layers_of(net)]
     weights = [layer.get_base_layer().weight.clone() for layer in layers]
     with torch.no_grad():
         unmerged = net(x)
@@ -201,7 +210,7 @@ def merged(device: torch.device) -> dict[str, Any]:
 
 
 def inference(device: torch.device) -> dict[str, Any]:
-    """Without gradients a rotated weight is kept from call to call."""
+    """Without gradients, the rotated weight is kept from call to call, and the output stays that of training."""
     net, x = adapted(device), rows_of(256, device)
     trained = net(x)
     with torch.no_grad():
@@ -210,7 +219,7 @@ def inference(device: torch.device) -> dict[str, Any]:
 
 
 def strengths(device: torch.device) -> dict[str, Any]:
-    """A strength of a half is half the parameters."""
+    """An adapter at strength 1/2 equals one whose parameters are halved."""
     net, x = adapted(device), rows_of(256, device)
     set_strength(net, 0.5)
     halved = net(x)
@@ -224,7 +233,7 @@ def strengths(device: torch.device) -> dict[str, Any]:
 
 
 def strength_of_nothing(device: torch.device) -> dict[str, Any]:
-    """A strength of 0 is the base to the bit."""
+    """An adapter at strength 0 gives the base's output to the bit."""
     net, x = adapted(device), rows_of(256, device)
     torch.manual_seed(0)
     base = Net().to(device).eval()
@@ -233,33 +242,34 @@ def strength_of_nothing(device: torch.device) -> dict[str, Any]:
 
 
 def two_adapters(device: torch.device) -> dict[str, Any]:
-    """Two active adapters are the product of their rotations."""
+    """Two active adapters equal the product of their rotations."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(128, 64)).to(device)
-    base = [tensor.detach().double().cpu() for tensor in (layer[0].weight, layer[0].bias)]
+    W, bias = (tensor.detach().double().cpu() for tensor in layer.parameters())
     config = BOFTConfig(boft_block_size=B, boft_n_butterfly_factor=2, target_modules=["0"])
     tuner = BOFTModel(layer, config, "one")
     tuner.peft_config["two"] = config
     tuner.inject_adapter(layer, "two")
     randomize(layer, "one", 0.1, seed=1)
     randomize(layer, "two", 0.1, seed=2)
-    layer[0].set_adapter(["one", "two"])
+    adapter: Any = layer[0]  # which has become a BOFTLayer
+    adapter.set_adapter(["one", "two"])
     x = rows_of(32, device)
     B_, s = torch.eye(128, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
     for name in ("two", "one"):
-        B_ = B_ @ dense_rotation(layer[0].boft_R[name].detach().double().cpu())
-        s = s * layer[0].boft_s[name].detach().double().cpu().flatten()
-    expected = (x.double().cpu() @ B_ @ base[0].T) * s + base[1]
+        B_ = B_ @ dense_rotation(adapter.boft_R[name].detach().double().cpu())
+        s = s * adapter.boft_s[name].detach().double().cpu().flatten()
+    expected = (x.double().cpu() @ B_ @ W.T) * s + bias
     return outcome(distance(layer(x), expected), LIMITS[torch.float32])
 
 
 def dropout(device: torch.device) -> dict[str, Any]:
-    """Blocks that rest leave a rotation, their share is the probability, and evaluation drops none."""
+    """With dropped blocks the rest is still a rotation; the share of kept blocks is right; evaluation drops none."""
     net = adapted(device, boft_dropout=0.5).train()
     x = rows_of(16, device)
     whole = net.eval()(x)
     net.train()
-    blocks = net.second.super_blocks("default").detach()
+    blocks = cast(Any, net.second).super_blocks("default").detach()
     identity = torch.eye(blocks.shape[-1], device=device)
     error = distance(blocks @ blocks.mT, identity.expand_as(blocks))
     torch.manual_seed(3)
@@ -277,6 +287,8 @@ def dropout(device: torch.device) -> dict[str, Any]:
 
 
 def checkpointing(use_reentrant: bool) -> Callable[[torch.device], dict[str, Any]]:
+    """The identity that gradient checkpointing of either kind leaves the gradients as they are, with dropout too."""
+
     def identity(device: torch.device) -> dict[str, Any]:
         errors = []
         for rows in ROWS:
@@ -288,8 +300,8 @@ def checkpointing(use_reentrant: bool) -> Callable[[torch.device], dict[str, Any
 
             true = gradients(net, loss())
             for layer in (net.first, net.second):
-                plain = layer.forward
-                layer.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=use_reentrant)
+                call = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
+                setattr(layer, "forward", call)  # noqa: B010, an assignment that type checkers refuse
             errors.append(farthest(gradients(net, loss()), true))
         return outcome(max(errors), LIMITS[torch.float32])
 
@@ -297,7 +309,7 @@ def checkpointing(use_reentrant: bool) -> Callable[[torch.device], dict[str, Any
 
 
 def compiled(device: torch.device, m: int, backend: str) -> dict[str, Any]:
-    """`torch.compile` with fullgraph, which a break of the graph would end."""
+    """`torch.compile` leaves values and gradients as they are, in one graph: with fullgraph a break is an error."""
     net, x = adapted(device, m=m), rows_of(256, device)
     y, true = net(x), gradients(net, net(x).square().mean())
     torch.compiler.reset()

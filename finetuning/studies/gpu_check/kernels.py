@@ -1,9 +1,13 @@
-"""Where the device's time goes: ways to invert small blocks; the kernels of a training step that cost most, launches
-a step, and the share of a step in which the GPU waits for the host."""
+"""Where the device's time goes: ways to invert small blocks, and the kernels of a training step.
+
+Of a step it records the kernels that cost most, how many are launched, and the share of the step in which the GPU
+waits for the host.
+"""
 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,32 +17,38 @@ from finetuning.studies.gpu_check import inverses
 from finetuning.studies.gpu_check.check import Check
 from finetuning.studies.gpu_check.clock import milliseconds, synchronize
 from finetuning.studies.gpu_check.cost import OURS, Bench
-from finetuning.studies.gpu_check.shapes import shapes
+from finetuning.studies.gpu_check.shapes import Shape, shapes
 from finetuning.studies.throughput.candidates import REFERENCE
 
-COSTLIEST, STEPS = 15, 3
+COSTLIEST, STEPS = 15, 3  # kernels that are listed, and steps that are profiled
 MODELS = ("SD 1.5", "SDXL")
 
 
 def run(check: Check) -> None:
+    """Measure the inverses of the blocks of two models, then profile a step of each with two adapters."""
     chosen = [next(shape for shape in shapes(check.tiny) if shape.name.startswith(model)) for model in MODELS]
     for shape in chosen:
         for name, blocks in inverses.block_sets(shape).items():
             title = f"Cayley transforms, {shape.name.split(',')[0]}, {name}"
             check.measure(
                 title,
-                lambda b=blocks: inverses.measure(check, b, 1 if check.tiny else 9),
+                partial(inverses.measure, check, blocks, 1 if check.tiny else 9),
                 needs=1 if check.tiny else 20,
             )
     for shape in chosen:
         for candidate in (OURS, REFERENCE):
             title = f"kernels, {shape.name}, {candidate}"
-            check.measure(title, lambda s=shape, c=candidate: costliest(check, Bench(check, s), c), needs=2)
+            check.measure(title, partial(profile_shape, check, shape, candidate), needs=2)
             check.release()
 
 
-def costliest(check: Check, bench: Bench, name: str) -> dict[str, Any]:
-    """What a profile of a few training steps says."""
+def profile_shape(check: Check, shape: Shape, name: str) -> dict[str, Any]:
+    """Profile a few training steps of a shape with the adapter of this name.
+
+    Returns:
+        Milliseconds of a step and of the device's work in it, launches, the idle share, and the costliest kernels.
+    """
+    bench = Bench(check, shape)
     candidate = bench.candidate(name)
     for _ in range(1 if check.tiny else 3):
         bench.step(candidate)
@@ -76,7 +86,7 @@ def costliest(check: Check, bench: Bench, name: str) -> dict[str, Any]:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """How much of a line spans cover together."""
+    """The total length that (start, end) spans cover together; overlaps count once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

@@ -1,8 +1,8 @@
-"""Whether a run that was killed and resumed ends with the bits of one left alone, and what that costs a step.
+"""Compares a run that was killed and resumed with one that was left alone, bit by bit, and times their steps.
 
     python -m finetuning.studies.gpu_check.resumed '{"device": "cuda", "flags": […], "folder": "…", "steps": 12, …}'
 
-In a process of its own, because what makes a GPU deterministic must be set before it is used.
+It runs in a process of its own, because what makes a GPU deterministic must be set before the GPU is used.
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def compare(device: str, flags: list[str], folder: str, steps: int, deterministic: bool) -> dict[str, Any]:
-    """A run, the same run again, and one that is killed after half of it and resumed.
+    """Train a run, the same run again, and one that is killed after half of its steps and resumed.
 
     Args:
-        flags: of train_dreambooth.py; folder: takes the runs; deterministic: by torch's deterministic algorithms.
+        device: "cuda" or "cpu".
+        flags: flags of train_dreambooth.py.
+        folder: where the runs are written.
+        steps: the number of steps of each run.
+        deterministic: whether to use torch's deterministic algorithms.
 
     Returns:
-        Whether bits of the adapter are the same, the largest difference if not, and seconds of a step.
+        Whether the bits of the adapters are the same, their largest differences, and the seconds of a step.
     """
     if deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    half, timer, ends = steps // 2, Timer(torch.device(device)), {}
+    half, timer = steps // 2, Timer(torch.device(device))
+    ends: dict[str, dict[str, torch.Tensor]] = {}
     base = [*flags, f"--max_train_steps={steps}", f"--checkpointing_steps={half}", "--lr_warmup_steps=0"]
     base.append("--validation_steps=1000")
     for name in ("alone", "again", "killed"):
@@ -58,6 +63,7 @@ def compare(device: str, flags: list[str], folder: str, steps: int, deterministi
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference between the tensors of the same names."""
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 

@@ -1,4 +1,4 @@
-"""Runs of the real trainers in this process, by the flags of the shell scripts, watched or ended on the way."""
+"""Runs of the real trainers in this process, by the flags of the shell scripts, which watchers time or end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetuning.run.joining import forget_processes
 from finetuning.run_folder import METRICS, read_metrics
 from finetuning.settings.reading import read_config
 from finetuning.studies.gpu_check.clock import synchronize
-from finetuning.studies.gpu_check.waiting import Waits, recorded
+from finetuning.studies.gpu_check.waiting import Waits, recorded_waits
 
 ROOT = Path(__file__).resolve().parents[3]
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -39,7 +39,9 @@ def shell_flags(trainer: str, folder: Path, tiny: bool) -> list[str]:
     """The flags that train_dreambooth.sh or train_controlnet.sh gives the trainer on the embedded base.
 
     Args:
-        trainer: train_dreambooth or train_controlnet; folder: takes the class images, which runs share.
+        trainer: "train_dreambooth" or "train_controlnet".
+        folder: the folder into which class images are written, which runs share.
+        tiny: whether to add the flags of a rehearsal.
     """
     variables = {"SUBJECT": "mug", "REPORT_TO": "none", "CLASS_DIR": str(folder / "class_images")}
     if trainer == "train_dreambooth":
@@ -50,23 +52,23 @@ def shell_flags(trainer: str, folder: Path, tiny: bool) -> list[str]:
 
 
 class Killed(Exception):
-    """The end of a run that was not to end."""
+    """Ends a run before its last step, as a kill would."""
 
 
 class Watcher:
-    """Is told when a step begins and when it has ended."""
+    """Base of watchers, which a trainer tells when a step begins and when it has ended."""
 
     def begins(self, step: int) -> None:
-        """Before anything of the step is done."""
+        """Called before anything of the step is done."""
 
     def ends(self, step: int, seconds: Mapping[str, float] | None = None) -> None:
-        """When all of the step is done."""
+        """Called when all of the step is done."""
 
 
 class EndsAfter(Watcher):
-    """Ends a run after a step as a kill would: nothing more is written."""
+    """Ends a run after its step number `last`, as a kill would: nothing more is written."""
 
-    def __init__(self, last: int):
+    def __init__(self, last: int) -> None:
         self.last = last
 
     def begins(self, step: int) -> None:
@@ -75,10 +77,11 @@ class EndsAfter(Watcher):
 
 
 class Timer(Watcher):
-    """How long each step takes. The device is waited for before and after each."""
+    """Measures how many seconds each step takes; it waits for the device before and after each."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, []
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
 
     def begins(self, step: int) -> None:
         synchronize(self.device)
@@ -89,29 +92,35 @@ class Timer(Watcher):
         self.seconds.append(time.perf_counter() - self.begun)
 
 
-class WaitsOf(Watcher):
-    """Where the host waits in one of the steps."""
+class WaitRecorder(Watcher):
+    """Records where the host waits for the device in the step number `watched`."""
 
-    def __init__(self, device: torch.device, watched: int):
+    def __init__(self, device: torch.device, watched: int) -> None:
         self.device, self.watched, self.waits = device, watched, Waits()
         self._stack = ExitStack()
 
     def begins(self, step: int) -> None:
         if step == self.watched:
-            self.waits = self._stack.enter_context(recorded(self.device))
+            self.waits = self._stack.enter_context(recorded_waits(self.device))
 
     def ends(self, step: int, seconds: Mapping[str, float] | None = None) -> None:
         self._stack.close()
 
 
 def train(trainer: str, flags: Sequence[str], *watchers: Watcher, finishes: bool = True) -> Any:
-    """Train in this process; returns the trainer.
+    """Train in this process.
 
     Args:
-        trainer: train_dreambooth or train_controlnet; finishes: False = nothing is drawn and written at the end.
+        trainer: "train_dreambooth" or "train_controlnet".
+        flags: the flags of the run.
+        watchers: are told of each step.
+        finishes: whether pictures are drawn and results written at the end.
+
+    Returns:
+        The trainer object.
 
     Raises:
-        RuntimeError: it has ended with an exit code.
+        RuntimeError: if training ends with an exit code other than 0.
     """
     forget_processes()
     sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
@@ -127,7 +136,12 @@ def train(trainer: str, flags: Sequence[str], *watchers: Watcher, finishes: bool
 
 
 def figures(output: Path, seconds: float) -> dict[str, Any]:
-    """What a run's log says: images a second (median of the second half), peak memory, losses."""
+    """What a run's log says: images a second (median of the second half), peak memory and losses.
+
+    Args:
+        output: the run's folder.
+        seconds: how long the run took, which is stated beside them.
+    """
     lines = read_metrics(output / METRICS)
     training = [line for line in lines if "images_per_second" in line]
     found = {

@@ -1,20 +1,21 @@
 """Denoisers of the sizes that people fine-tune, with random weights made on the device, and batches for them.
 
-No weights are read and no host memory is needed: a model is built without storage and filled where it will run. The
-numbers of parameters are those of the models they stand for.
+No weights are read and no host memory is needed: a model is built without storage and filled on its device. Each has
+as many parameters as the model that it stands for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Inputs = dict[str, Any]
+MakeInputs = Callable[[int, torch.device, torch.dtype], Inputs]  # of a batch size, a device and a dtype
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,23 @@ class Shape:
     """A denoiser, a batch for it, and how it is trained.
 
     Attributes:
-        build: makes the model; called where torch makes tensors without storage.
-        inputs: arguments of the model, given a batch size, a device and a dtype.
-        batch: samples in a step; checkpointing: whether activations are computed again in the backward pass.
+        name: what the results call it.
+        build: makes the model; it is called where torch makes tensors without storage.
+        inputs: makes the arguments of the model, given a batch size, a device and a dtype.
+        batch: how many samples a step has.
+        checkpointing: whether activations are computed again in the backward pass.
         targets: endings of the names of the adapted linear layers.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[int, torch.device, torch.dtype], Inputs]
+    inputs: MakeInputs
     batch: int = 1
     checkpointing: bool = False
     targets: tuple[str, ...] = ATTENTION
 
     def model(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen model in training mode."""
+        """The frozen model on a device, in training mode."""
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -47,11 +50,11 @@ class Shape:
         model = model.to_empty(device=device)
         fill(model)
         if self.checkpointing:
-            model.enable_gradient_checkpointing()
+            cast(Any, model).enable_gradient_checkpointing()  # of diffusers' models
         return model.requires_grad_(False).train()
 
     def target_names(self, model: nn.Module) -> list[str]:
-        """Full names of the layers that are adapted."""
+        """The full names of the layers that are adapted."""
         return [
             name
             for name, module in model.named_modules()
@@ -61,7 +64,7 @@ class Shape:
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Normal weights that keep the size of what goes through; norms and biases as in a fresh model."""
+    """Fill a model with normal weights that keep the size of activations; norms and biases become 1 and 0."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -72,12 +75,13 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def denoise(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """What the model predicts."""
+    """What the model predicts, as one tensor."""
     predicted = model(**inputs, return_dict=False)[0]
     return torch.stack(predicted) if isinstance(predicted, list) else predicted
 
 
 def _normal(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normal random numbers of a shape, the same ones each time."""
     generator = torch.Generator(device).manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
@@ -91,9 +95,9 @@ def _sd15(side: int = 64, **smaller: Any) -> nn.Module:
     return UNet2DConditionModel(sample_size=side, **{"cross_attention_dim": 768, "attention_head_dim": 8, **smaller})
 
 
-def _unet_inputs(side: int, width: int, tokens: int = 77, pooled: int = 0) -> Callable:
+def _unet_inputs(side: int, width: int, tokens: int = 77, pooled: int = 0) -> MakeInputs:
     def inputs(batch: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         made: Inputs = {
             "sample": _normal(batch, 4, side, side, **place),
             "timestep": torch.full((batch,), 500, device=device),
@@ -144,8 +148,8 @@ def _klein(**smaller: Any) -> nn.Module:
     return Flux2Transformer2DModel(**settings | smaller)
 
 
-def _klein_inputs(side: int, width: int, tokens: int) -> Callable:
-    """side: of the packed latents, a 16th of the picture's."""
+def _klein_inputs(side: int, width: int, tokens: int) -> MakeInputs:
+    """Inputs of FLUX.2-klein. side: of the packed latents, 1/16 of the picture's."""
 
     def inputs(batch: int, device: torch.device, dtype: torch.dtype) -> Inputs:
         at = torch.arange(max(side, tokens), device=device)
@@ -169,9 +173,9 @@ def _z_image(**smaller: Any) -> nn.Module:
     return ZImageTransformer2DModel(**smaller)  # the defaults are the released model's
 
 
-def _z_image_inputs(side: int, width: int, tokens: int) -> Callable:
+def _z_image_inputs(side: int, width: int, tokens: int) -> MakeInputs:
     def inputs(batch: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         return {
             "x": [_normal(16, 1, side, side, **place) for _ in range(batch)],
             "t": torch.full((batch,), 0.5, **place),
@@ -185,7 +189,7 @@ KLEIN_TARGETS = (*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")
 
 
 def shapes(tiny: bool) -> list[Shape]:
-    """The settings that are measured; `tiny`: the same classes, a few thousand times smaller."""
+    """The shapes that are measured. tiny: the same classes, a few thousand times smaller."""
     if tiny:
         levels = {"block_out_channels": (64, 64), "layers_per_block": 1, "norm_num_groups": 8}
         two = {

@@ -1,4 +1,4 @@
-"""summary.md: the tables of all stages whose results lie in a folder. Knows nothing of torch."""
+"""Writes summary.md, the tables of all stages whose results lie in a folder. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Content = dict[str, Any]
 
 
 def write_summary(folder: Path) -> Path:
-    """Writes summary.md beside the stages' files; returns its path."""
+    """Write summary.md beside the stages' files, and return its path."""
     parts = ["# What a GPU shows\n"]
     for stage in ORDER:
         path = folder / f"{stage}.json"
@@ -36,7 +36,7 @@ def write_summary(folder: Path) -> Path:
 
 
 def section(content: Content) -> str:
-    """The tables of a stage, its errors, and what there was no time for."""
+    """The tables of a stage, its errors, and the measurements for which there was no time."""
     machine = content.get("found", {})
     lines = [f"## {content['stage']}\n", f"{content['status']}; {describe_machine(machine)}\n"]
     if content.get("tiny"):
@@ -52,6 +52,7 @@ def section(content: Content) -> str:
 
 
 def describe_machine(machine: Content) -> str:
+    """The device, its memory, and the versions of torch and CUDA."""
     if not machine:
         return "unknown machine"
     cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
@@ -60,15 +61,17 @@ def describe_machine(machine: Content) -> str:
 
 
 def first_line(text: str) -> str:
+    """The first line of an error, short enough for a list."""
     return text.splitlines()[0].replace("`", "'")[:300] if text else ""
 
 
 def table(rows: list[Row]) -> str:
+    """Rows as a table in Markdown."""
     return markdown([{k: shown(v) for k, v in row.items()} for row in rows]) if rows else "nothing measured\n"
 
 
 def shown(value: Any) -> Any:
-    """Small numbers with their digits; yes and no."""
+    """A value as the tables show it: very small numbers keep their digits, and truth values are yes and no."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and value and abs(value) < 0.001:
@@ -77,22 +80,26 @@ def shown(value: Any) -> Any:
 
 
 def plain_table(results: Content) -> str:
+    """A row for each measurement."""
     return table([{"measure": name, **flat(value)} for name, value in results.items()])
 
 
 def flat(value: Any) -> Row:
+    """The plain values of a result as a row; lists and dictionaries are left out."""
     return (
         {k: v for k, v in value.items() if not isinstance(v, (dict, list))} if isinstance(value, dict) else {"": value}
     )
 
 
 def identities(results: Content) -> str:
+    """How many identities hold, and a row for each."""
     held = results.get("all", {})
     rows = [{"identity": name, **flat(row)} for name, row in results.items() if name != "all"]
     return f"{held.get('hold', '–')} of {held.get('identities', '–')} hold.\n\n{table(rows)}"
 
 
 def synchronisations(results: Content) -> str:
+    """The number of waits in each measurement, and where they are."""
     parts = [table([{"in": name, "waits": row["waits"]} for name, row in results.items()])]
     for name, row in results.items():
         if row["places"]:
@@ -101,6 +108,7 @@ def synchronisations(results: Content) -> str:
 
 
 def trainer(results: Content) -> str:
+    """Tables of the runs, of their scores, and of resumed runs."""
     runs = [{"run": k, **flat(v)} for k, v in results.items() if not k.startswith(("scores", "resumed"))]
     resumed = [
         {"resumed": k.removeprefix("resumed, "), **flat(v)} for k, v in results.items() if k.startswith("resumed")
@@ -110,6 +118,7 @@ def trainer(results: Content) -> str:
 
 
 def cost(results: Content) -> str:
+    """A table of all candidates for each shape, and the goals."""
     parts = []
     for shape, rows in results.items():
         listed = [{"candidate": name, **flat(row)} for name, row in rows.items()]
@@ -118,7 +127,7 @@ def cost(results: Content) -> str:
 
 
 def verdicts(rows: Content, is_compiled: bool) -> str:
-    """The goals beside what was found."""
+    """The goals beside the figures that were measured."""
     own = rows.get("ours b=8 m=2", {})
     goals = {"step_to_lora": GOAL_COMPILED} if is_compiled else GOALS
     lines = [
@@ -130,6 +139,7 @@ def verdicts(rows: Content, is_compiled: bool) -> str:
 
 
 def kernels(results: Content) -> str:
+    """The profile of each step, and the ways to invert blocks."""
     parts = []
     for title, content in results.items():
         if "costliest" in content:

@@ -1,7 +1,7 @@
-"""Stages in processes of their own that are watched: none takes more than its share of the time, none ends the others.
+"""Runs stages in a process that is watched, so that none takes more than its share of the time or ends the others.
 
-One process runs them in turn, so that libraries are loaded once. One that dies, or does not end, is replaced for the
-stages that are left.
+One process runs all stages in turn, so that libraries are loaded once. If it dies, or does not end in time, a new one
+takes over for the stages that are left.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from finetuning.errors import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[3]
 LOG = "log.txt"
-GRACE = 5.0  # seconds that a stage has to write down that it has ended
-START = 300.0  # seconds in which a process must have loaded torch
+GRACE = 5.0  # seconds that a stage may take after its time to record that it has ended
+START = 300.0  # seconds within which a process must have loaded torch
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A module with `run(check)`, and its share of the time in relation to the other stages'."""
+    """A stage.
+
+    Attributes:
+        module: the module whose `run(check)` is the stage.
+        share: its share of the time, in relation to the shares of the other stages.
+    """
 
     module: str
     share: float
 
 
 PACKAGE = "finetuning.studies.gpu_check"
-STAGES: dict[str, Stage] = {  # in the order of their worth
+STAGES: dict[str, Stage] = {  # the most important first
     "identities": Stage(f"{PACKAGE}.identities", 60),
     "synchronisations": Stage(f"{PACKAGE}.synchronisations", 45),
     "trainer": Stage(f"{PACKAGE}.trainer", 130),
@@ -48,15 +53,27 @@ Say = Callable[[str], None]
 
 
 def supervise(stages: Mapping[str, Stage], device: str, tiny: bool, folder: Path, seconds: float, say: Say) -> bool:
-    """Run the stages, each in its share of what is left of the time; whether all of them have ended well.
+    """Run stages one after another, each in its share of the time that is left.
+
+    Args:
+        stages: {name: stage}, in the order in which they run.
+        device: "cuda" or "cpu".
+        tiny: whether to rehearse with small shapes.
+        folder: where all results are written.
+        seconds: the time for all stages together.
+        say: is called with a line about each stage.
+
+    Returns:
+        Whether all stages have ended without an error, or were stopped because their time was over.
 
     Raises:
-        InputError: the device is not there.
-        RunError: no process can be started.
+        InputError: if there is no such device.
+        RunError: if the process that measures cannot be started.
     """
     ends = time.time() + seconds
     folder.mkdir(parents=True, exist_ok=True)
-    worker, is_well = None, True
+    worker: Worker | None = None
+    is_well = True
     try:
         for number, (name, stage) in enumerate(stages.items()):
             if worker is None:
@@ -77,9 +94,14 @@ def supervise(stages: Mapping[str, Stage], device: str, tiny: bool, folder: Path
 
 
 class Worker:
-    """The process, see worker.py."""
+    """The process that runs stages, see worker.py.
 
-    def __init__(self, device: str, tiny: bool, folder: Path, say: Say):
+    Attributes:
+        is_sound: whether the process can run another stage.
+        found: the description of the machine, as the process gave it.
+    """
+
+    def __init__(self, device: str, tiny: bool, folder: Path, say: Say) -> None:
         self.folder, self.is_sound, self._unread = folder, True, b""
         task = {"device": device, "tiny": tiny, "folder": str(folder.resolve())}
         with open(folder / LOG, "a", encoding="utf-8") as log:
@@ -92,6 +114,8 @@ class Worker:
                 env=environment(folder, device),
                 start_new_session=True,  # so that it can be ended with all that it has started
             )
+        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         answer = self._answer(time.time() + START)
         if answer is None or "fault" in answer:
             self.end()
@@ -102,11 +126,11 @@ class Worker:
         say(", ".join(f"{key} {value}" for key, value in self.found.items() if value not in (None, False)))
 
     def run(self, name: str, module: str, ends: float) -> str:
-        """Run a stage until `time.time()` is `ends`; how it has ended."""
+        """Run a stage until `time.time()` reaches `ends` at most; returns the status with which it ended."""
         path = self.folder / f"{name}.json"
         path.unlink(missing_ok=True)
         try:
-            self._process.stdin.write(json.dumps({"stage": name, "module": module, "ends": ends}).encode() + b"\n")
+            self._stdin.write(json.dumps({"stage": name, "module": module, "ends": ends}).encode() + b"\n")
             answer = self._answer(ends + GRACE)
         except BrokenPipeError:
             answer = None
@@ -125,18 +149,18 @@ class Worker:
         return status
 
     def end(self) -> None:
-        """Ends the process and all that it has started."""
+        """End the process and all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._stdin.close()
+        self._stdout.close()
 
     def _answer(self, until: float) -> dict[str, Any] | None:
-        """The next line, None if the process has ended or the time is over."""
+        """The next message of the process, or None if it has ended or the time is over."""
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, until - time.time()))
-            part = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+            ready, _, _ = select.select([self._stdout], [], [], max(0.0, until - time.time()))
+            part = os.read(self._stdout.fileno(), 1 << 16) if ready else b""
             if not part:
                 if ready:
                     self._process.wait()
@@ -146,12 +170,16 @@ class Worker:
         return json.loads(line)
 
     def _last_words(self) -> str:
+        """The last line of the log, and where the whole of it is."""
         text = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
         return f"{(text.splitlines() or ['it said nothing'])[-1]} (all of it: {self.folder / LOG})"
 
 
 def environment(folder: Path, device: str) -> dict[str, str]:
-    """Of the process: offline, this repository first, nothing written outside the folder, and no GPU on a CPU."""
+    """Environment variables of the process: offline, this repository first on the path, and caches in the folder.
+
+    On a CPU they also hide all GPUs.
+    """
     cache = (folder / "cache").resolve()
     (cache / "tmp").mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -178,8 +206,8 @@ def environment(folder: Path, device: str) -> dict[str, str]:
 
 
 def amend(path: Path, name: str, status: str, errors: dict[str, str], found: dict[str, Any]) -> None:
-    """Puts down how a stage has ended that could not do so itself; what it had measured is kept."""
-    content = {"stage": name, "found": found, "results": {}, "errors": {}, "left_out": []}
+    """Record how a stage ended that could not record it itself; what it had measured is kept."""
+    content: dict[str, Any] = {"stage": name, "found": found, "results": {}, "errors": {}, "left_out": []}
     if path.is_file():
         content |= json.loads(path.read_text(encoding="utf-8"))
     content["status"] = status

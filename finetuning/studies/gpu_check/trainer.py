@@ -1,4 +1,4 @@
-"""The trainers here: `make dreambooth` in three precisions, scored, killed and resumed; `make controlnet`."""
+"""The trainers on this device: `make dreambooth` in three precisions, scored and resumed; `make controlnet`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ SCORES = ("subject", "subject_new", "category", "context", "leak", "others", "dr
 
 
 def run(check: Check) -> None:
+    """Train, score, and compare a resumed run with one that was left alone."""
     runs = check.scratch / "dreambooth"
     shutil.rmtree(runs, ignore_errors=True)
     flags = shell_flags("train_dreambooth", check.scratch, check.tiny)
@@ -30,13 +32,18 @@ def run(check: Check) -> None:
             continue
         given = [*flags, f"--mixed_precision={precision}", f"--output_dir={runs / name}"]
         found = check.measure(
-            f"dreambooth, {name}", lambda g=given, o=runs / name: run_of(check, "train_dreambooth", g, o), needs=took
+            f"dreambooth, {name}", partial(run_of, check, "train_dreambooth", given, runs / name), needs=took
         )
         took = found["seconds"] if found else took
     check.measure("scores", lambda: scores(check, runs), needs=15)
 
     steps = 4 if check.tiny else 12
-    options = {"device": check.device.type, "flags": flags, "folder": str(check.scratch / "resumed"), "steps": steps}
+    options: dict[str, Any] = {
+        "device": check.device.type,
+        "flags": flags,
+        "folder": str(check.scratch / "resumed"),
+        "steps": steps,
+    }
     check.measure("resumed, as it is", lambda: resumed.compare(**options, deterministic=False), needs=10)
     check.measure(
         "resumed, deterministic algorithms", lambda: in_process(check, {**options, "deterministic": True}), needs=15
@@ -49,7 +56,7 @@ def run(check: Check) -> None:
 
 
 def run_of(check: Check, trainer: str, flags: list[str], output: Path) -> dict[str, Any]:
-    """A run to its end, and what its log says."""
+    """Train a run to its end; returns what its log says, see `figures`."""
     if check.on_gpu:
         import torch
 
@@ -58,10 +65,10 @@ def run_of(check: Check, trainer: str, flags: list[str], output: Path) -> dict[s
 
 
 def scores(check: Check, runs: Path) -> dict[str, Any]:
-    """What the toy world's judge says of the base and of each run, by scripts/evaluate.py."""
-    what, more = (runs / "float32", ["--num_inference_steps=1"]) if check.tiny else (runs, [])
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "toyworld", what, f"--device={check.device.type}"]
-    command += more
+    """Scores of the base and of each run by the toy world's judge, as scripts/evaluate.py computes them."""
+    what = runs / "float32" if check.tiny else runs
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "toyworld", str(what)]
+    command += [f"--device={check.device.type}", *(["--num_inference_steps=1"] if check.tiny else [])]
     subprocess.run(command, check=True, stdout=sys.stderr, timeout=max(1, check.left()))
     found = {}
     for path in sorted(runs.glob("*/scores.json")):
@@ -72,7 +79,7 @@ def scores(check: Check, runs: Path) -> dict[str, Any]:
 
 
 def in_process(check: Check, options: dict[str, Any]) -> dict[str, Any]:
-    """See resumed.py."""
+    """The comparison of resumed.py, in a process of its own. options: arguments of `resumed.compare`."""
     done = subprocess.run(
         [sys.executable, "-m", "finetuning.studies.gpu_check.resumed", json.dumps(options)],
         env={**os.environ, **resumed.CUBLAS},

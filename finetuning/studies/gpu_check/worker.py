@@ -2,9 +2,9 @@
 
     python -m finetuning.studies.gpu_check.worker '{"device": "cuda", "tiny": false, "folder": "results"}'
 
-It says what it has found as a line of JSON, then reads a line for each stage, {"stage", "module", "ends"}, and says a
-line when that has ended: {"status": …, "sound": whether more can be run in this process}. What else is printed goes
-to the error stream.
+It writes a line of JSON that says what the machine has. Then it reads a line for each stage, {"stage", "module",
+"ends"}, and writes a line when the stage has ended: {"status": …, "sound": whether this process can run another one}.
+All other output goes to the error stream.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from finetuning.errors import InputError
-from finetuning.studies.gpu_check import found
+from finetuning.studies.gpu_check import machine
 from finetuning.studies.gpu_check.check import DONE, FAILED, Check, DeviceLost, describe
 
 
 def main(task: dict[str, Any]) -> None:
+    """Run the stages that the supervisor asks for, until it closes the pipe or the device is lost."""
     parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -31,11 +32,11 @@ def main(task: dict[str, Any]) -> None:
         print(json.dumps(message), file=parent, flush=True)
 
     try:
-        machine = found.device(task["device"])
+        found = machine.device(task["device"])
     except InputError as error:
         say(fault=str(error))
         return
-    say(found=machine)
+    say(found=found)
     for line in sys.stdin:
         order = json.loads(line)
         check = Check(
@@ -44,7 +45,7 @@ def main(task: dict[str, Any]) -> None:
             tiny=task["tiny"],
             folder=Path(task["folder"]),
             ends=order["ends"],
-            found=machine,
+            found=found,
         )
         sound = run(check, order["module"])
         say(status=check.status, sound=sound)
@@ -53,7 +54,7 @@ def main(task: dict[str, Any]) -> None:
 
 
 def run(check: Check, module: str) -> bool:
-    """Run a stage and put down how it ended; False if this process is of no more use."""
+    """Run a stage and record how it ended. Returns whether this process can run another one."""
     sound = True
     check.write()
     try:

@@ -1,1 +1,1 @@
-"""What training costs end to end, the trainer beside peers' plain loops; and how steps are timed and told."""
+"""What training costs: the trainer timed beside plain loops around peft, and single steps of several models."""

@@ -1,4 +1,4 @@
-"""What timed runs train on: images of noise, and a base of the true size with random weights."""
+"""What timed runs train on: images of noise, and a base model of the true size with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from finetuning.errors import InputError
 
 
 def write_images(folder: Path, resolution: int, photos: int = 4, class_images: int = 4) -> Path:
-    """Noise to train on: what is seen does not change what a step costs."""
+    """Write images of noise into `photos` and `class`; what is seen does not change what a step costs.
+
+    Args:
+        folder: where the two folders are made.
+        resolution: side of the images in pixels.
+        photos, class_images: how many images there are in each.
+    """
     random = np.random.default_rng(0)
     for part, count in (("photos", photos), ("class", class_images)):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -25,10 +31,14 @@ def write_images(folder: Path, resolution: int, photos: int = 4, class_images: i
 
 
 def write_stable_diffusion(folder: Path, tokenizer: Path) -> Path:
-    """A pipeline of the shape of Stable Diffusion 1.5 with random weights, 2 GB in float16; any CLIP tokenizer does.
+    """Write a pipeline of the shape of Stable Diffusion 1.5 with random weights, 2 GB in float16.
+
+    Args:
+        folder: where it is written.
+        tokenizer: the folder of any CLIP tokenizer.
 
     Raises:
-        InputError: no tokenizer there.
+        InputError: if there is no tokenizer.
     """
     if not tokenizer.is_dir():
         raise InputError(f"{tokenizer}: no such folder; a tokenizer is needed")

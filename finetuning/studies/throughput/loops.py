@@ -1,10 +1,11 @@
-"""The loops that are timed, each in a process of its own, where a step begins when the parent says so.
+"""The loops that are timed, each in a process of its own, which begins a step when its parent process says so.
 
     python -m finetuning.studies.throughput.loops '{"plain": "lora", "work": {…}}'
     python -m finetuning.studies.throughput.loops '{"trainer": "train_dreambooth.py", "config": "flags.yaml"}'
 
-The process writes lines of JSON: {"trained": numbers} when it is ready, {"seconds": …} after each step, and at the end
-{"peak": GiB}. It reads a line before each step. What the loop itself prints goes to the error stream.
+The process writes lines of JSON: {"trained": number of trained parameters} when it is ready, {"seconds": …} after each
+step, and {"peak": GiB} at the end. It reads a line before each step. What the loop itself prints goes to the error
+stream.
 """
 
 from __future__ import annotations
@@ -32,40 +33,41 @@ from finetuning.settings.reading import read_config
 from finetuning.studies.throughput.measure import PROMPTS, Workload
 
 
-class Turns:
-    """This process's side of the talk with the parent."""
+class Parent:
+    """The parent process, to which this one reports; the trainer calls it as a watcher of its steps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
     def say(self, **message: float) -> None:
+        """Send a message, as a line of JSON."""
         print(json.dumps(message), file=self._parent, flush=True)
 
     def begins(self, step: int) -> None:
-        """Wait until it is this process's turn."""
+        """Wait until the parent asks for the next step, and start the clock."""
         if not sys.stdin.readline():
             raise SystemExit("nobody waits for this process any more")
         self._begun = time.perf_counter()
 
     def ends(self, step: int, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Say how long the step took since its turn came."""
+        """Report how many seconds have passed since the parent asked for the step."""
         self.say(seconds=time.perf_counter() - self._begun)
 
 
-def trainer_loop(trainer: Path, config: Path, turns: Turns) -> None:
-    """Training by the script and a configuration file, as the command does it, up to the last step."""
+def trainer_loop(trainer: Path, config: Path, parent: Parent) -> None:
+    """Train by the trainer's script and a configuration file, as the command does; nothing is written at the end."""
     sys.path.insert(0, str(trainer.parent))
     module = importlib.import_module(trainer.stem)
     run = module.DreamBooth(read_config(module.DreamBoothConfig, [f"--config={config}"]))
-    turns.say(trained=run.training.count())
-    run.training.watchers.append(turns)
+    parent.say(trained=run.training.count())
+    run.training.watchers.append(parent)
     run.training.writes_results = False
     run.train()
 
 
-def plain_loop(kind: str, work: Workload, turns: Turns) -> None:
-    """What one writes around peft and diffusers, `kind` being "boft" or "lora"."""
+def plain_loop(kind: str, work: Workload, parent: Parent) -> None:
+    """Train by a plain loop, as one writes it around peft and diffusers. kind: "boft" or "lora"."""
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline.from_pretrained(work.base, safety_checker=None, torch_dtype=torch.float32)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[work.precision]
@@ -77,9 +79,9 @@ def plain_loop(kind: str, work: Workload, turns: Turns) -> None:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trainables, 1e-4)
     alphas, prediction = pipeline.scheduler.alphas_cumprod, pipeline.scheduler.config.prediction_type
-    turns.say(trained=sum(parameter.numel() for parameter in trainables))
+    parent.say(trained=sum(parameter.numel() for parameter in trainables))
     for step in range(work.steps):
-        turns.begins(step)
+        parent.begins(step)
         noise, t = torch.randn_like(x0), torch.randint(0, len(alphas), (len(x0),))
         x_t, wanted = add_noise(x0, noise, alphas[t]), target(x0, noise, alphas[t], prediction)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -88,7 +90,7 @@ def plain_loop(kind: str, work: Workload, turns: Turns) -> None:
         torch.nn.utils.clip_grad_norm_(trainables, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        turns.ends(step)
+        parent.ends(step)
 
 
 @torch.no_grad()
@@ -107,7 +109,12 @@ def encode(pipeline: StableDiffusionPipeline, work: Workload) -> tuple[torch.Ten
 
 
 def peft_model(kind: str, unet: torch.nn.Module, targets: str) -> torch.nn.Module:
-    """The UNet with peft's own adapter, not this project's."""
+    """The UNet with an adapter of peft's own.
+
+    Args:
+        kind: "boft" or "lora".
+        targets: a preset, or the endings of the adapted layers' names.
+    """
     endings = target_modules([targets], unet, "--targets")
     if kind == "lora":
         from peft import LoraConfig, LoraModel
@@ -116,18 +123,19 @@ def peft_model(kind: str, unet: torch.nn.Module, targets: str) -> torch.nn.Modul
     from peft.tuners.boft import BOFTConfig, BOFTModel
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its failed attempts to compile
+        warnings.simplefilter("ignore")  # peft warns that it cannot compile its kernel
         config = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=1, target_modules=endings)
         return BOFTModel(unet, config, "default")
 
 
 def main(what: dict[str, Any]) -> None:
-    turns = Turns()
+    """Run the loop that a task describes, see above, and report the peak of memory."""
+    parent = Parent()
     if "plain" in what:
-        plain_loop(what["plain"], Workload(**what["work"]), turns)
+        plain_loop(what["plain"], Workload(**what["work"]), parent)
     else:
-        trainer_loop(Path(what["trainer"]), Path(what["config"]), turns)
-    turns.say(peak=peak_resident_memory())
+        trainer_loop(Path(what["trainer"]), Path(what["config"]), parent)
+    parent.say(peak=peak_resident_memory())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What training costs end to end: seconds a step and peak memory of this project's trainer and of peers' plain loops.
+"""What training costs: seconds a step and peak memory of this project's trainer and of plain loops around peft.
 
-Each candidate and the reference train side by side in processes of their own and take turns step by step, so that a
-machine whose speed comes and goes disturbs both alike; what counts is the ratio of neighbouring steps. A plain loop
-is what one writes around peft and diffusers: latents and prompts encoded once as by the trainer, the same batch,
-optimizer and clipping, and diffusers' own choice of attention.
+Each candidate and the reference train side by side, in processes of their own, and take turns step by step. A machine
+whose speed varies thus disturbs both alike, and what counts is the ratio of neighbouring steps. A plain loop is what
+one writes around peft and diffusers: latents and prompts are encoded once, as the trainer does it; batch, optimizer
+and clipping are the same; attention is diffusers' own choice.
 """
 
 from __future__ import annotations
@@ -30,9 +30,15 @@ class Workload:
     """What every candidate trains.
 
     Attributes:
-        base: folder of the pipeline; images: folder with `photos` and `class`; resolution: side in pixels.
-        batch: photos in a step, as many class images come on top; targets: preset or endings of the adapted layers.
-        precision: no, bf16 or fp16; steps: of a round; warmup: how many of them do not count; threads: of torch.
+        base: the folder of the pipeline.
+        images: a folder that holds the folders `photos` and `class`.
+        resolution: side of the images in pixels.
+        batch: photos in a step; as many class images are added.
+        targets: the preset, or the endings, of the adapted layers.
+        precision: "no", "bf16" or "fp16".
+        steps: the number of steps in a round.
+        warmup: how many of these steps do not count.
+        threads: the number of torch's threads.
     """
 
     base: str
@@ -61,34 +67,44 @@ CANDIDATES: dict[str, Settings | str] = {  # settings of the trainer, or the nam
 def measure(
     candidates: dict[str, Settings | str], reference: str, work: Workload, trainer: Path, folder: Path, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """What each candidate costs, one of them being the reference.
+    """Measure what each candidate costs.
+
+    Args:
+        candidates: {name: settings of the trainer, or the name of a plain loop}.
+        reference: the name of the candidate with which the others are compared.
+        work: what all of them train.
+        trainer: the trainer's script.
+        folder: where the processes write their files.
+        rounds: how often each candidate trains beside the reference.
 
     Returns:
         {candidate: {step / reference, seconds a step, steps a second, peak GiB, trainable}}: medians over all steps
-        that count; seconds are the reference's times the ratio.
+        that count. Seconds are those of the reference times the ratio.
 
     Raises:
-        RunError: a candidate has failed.
+        RunError: if a candidate fails.
     """
     ratios: dict[str, list[float]] = {name: [1.0] if name == reference else [] for name in candidates}
-    peaks, trained, seconds = dict.fromkeys(candidates, 0.0), {}, []
+    peaks = dict.fromkeys(candidates, 0.0)
+    trained: dict[str, int] = {}
+    seconds: list[float] = []
     for round_ in range(rounds):
         for name in (name for name in candidates if name != reference):
             with ExitStack() as stack:
-                racers = {
-                    n: stack.enter_context(Racer(candidates[n], work, trainer, folder / part))
+                processes = {
+                    n: stack.enter_context(TimedProcess(candidates[n], work, trainer, folder / part))
                     for n, part in ((name, "own"), (reference, "reference"))
                 }
-                for n, racer in racers.items():
-                    trained[n] = int(racer.read("trained"))
+                for n, process in processes.items():
+                    trained[n] = int(process.read("trained"))
                 for step in range(work.steps):
                     order = (name, reference) if step % 2 else (reference, name)
-                    taken = {n: racers[n].step() for n in order}
+                    taken = {n: processes[n].step() for n in order}
                     if step >= work.warmup:
                         ratios[name].append(taken[name] / taken[reference])
                         seconds.append(taken[reference])
-                for n, racer in racers.items():
-                    peaks[n] = max(peaks[n], racer.read("peak"))
+                for n, process in processes.items():
+                    peaks[n] = max(peaks[n], process.read("peak"))
             now = statistics.median(ratios[name])
             print(f"  round {round_ + 1} of {rounds}: {name}, {now:.2f} of {reference}", file=sys.stderr)
     usual = statistics.median(seconds)
@@ -105,14 +121,23 @@ def measure(
     return results
 
 
-class Racer:
-    """A process that trains, one step at a time, see loops.py."""
+class TimedProcess:
+    """A process that trains one step at a time, as it is asked to; see loops.py.
 
-    def __init__(self, what: Settings | str, work: Workload, trainer: Path, folder: Path):
+    Args:
+        what: settings of the trainer, or the name of a plain loop.
+        work: what is trained.
+        trainer: the trainer's script.
+        folder: where its log, and what the trainer writes, go.
+    """
+
+    def __init__(self, what: Settings | str, work: Workload, trainer: Path, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
-        task = {"plain": what, "work": asdict(work)} if isinstance(what, str) else None
-        if task is None:
+        task: dict[str, Any]
+        if isinstance(what, str):
+            task = {"plain": what, "work": asdict(work)}
+        else:
             config = folder / "flags.yaml"
             config.write_text(yaml.safe_dump(trainer_settings(what, work, folder / "run")), encoding="utf-8")
             task = {"trainer": str(trainer), "config": str(config)}
@@ -126,40 +151,42 @@ class Racer:
                 encoding="utf-8",
                 env={**os.environ, "OMP_NUM_THREADS": str(work.threads), "PYTHONPATH": root},
             )
+        assert self.process.stdin is not None and self.process.stdout is not None, "both are pipes"
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
 
     def step(self) -> float:
-        """Seconds of the next step."""
+        """Ask for the next step, and return how many seconds it took."""
         try:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            self._stdin.write("\n")
+            self._stdin.flush()
         except BrokenPipeError:
-            pass  # told better by what it has left
+            pass  # the process has ended; `read` says why
         return self.read("seconds")
 
     def read(self, key: str) -> float:
-        """A number that the process says when it has it.
+        """Wait for the process's next message, and return the number under this key.
 
         Raises:
-            RunError: it has ended instead.
+            RunError: if the process has ended instead; says the last line of its log.
         """
-        line = self.process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             last = (self.log.read_text(encoding="utf-8").strip().splitlines() or ["–"])[-1]
             raise RunError(f"a timed run ended with exit code {self.process.wait()}: {last}")
         return float(json.loads(line)[key])
 
-    def __enter__(self) -> Racer:
+    def __enter__(self) -> TimedProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
+        self._stdin.close()
         self.process.terminate()
         self.process.wait()
-        self.process.stdout.close()
+        self._stdout.close()
 
 
 def trainer_settings(settings: Settings, work: Workload, output: Path) -> Settings:
-    """All flags of a timed run of the trainer."""
+    """All settings of a timed run of the trainer: the candidate's own, and those that follow from the work."""
     config = {
         "pretrained_model_name_or_path": work.base, "instance_data_dir": f"{work.images}/photos",
         "instance_prompt": PROMPTS[0], "with_prior_preservation": True, "class_data_dir": f"{work.images}/class",

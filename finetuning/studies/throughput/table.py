@@ -1,4 +1,4 @@
-"""Figures as tables in Markdown, and the machine that they are from."""
+"""Figures as tables in Markdown and as bars, and the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def machine(threads: int) -> str:
-    """Processor, how many of its cores are used, and torch's version."""
+    """The processor, how many of its cores are used, and torch's version."""
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -20,7 +20,7 @@ def machine(threads: int) -> str:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """A row for each candidate, a column for each figure that any of them has."""
+    """Print a row for each candidate, with a column for each figure that any of them has."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print("| candidate | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
@@ -34,7 +34,7 @@ def _cell(column: str, value: float) -> str:
 
 
 def print_rotation_table(rows: list[dict]) -> None:
-    """Milliseconds by width d and block size b, a column for each number of factors m."""
+    """Print milliseconds for each width d and block size b, with a column for each number of factors m."""
     depths = sorted({row["m"] for row in rows})
     print("| d | b | " + " | ".join(f"m={m}" for m in depths) + " |")
     print("|---" * (len(depths) + 2) + "|")
@@ -44,7 +44,7 @@ def print_rotation_table(rows: list[dict]) -> None:
 
 
 def plot(results: dict[str, dict[str, float]], path: str, reference: str) -> None:
-    """Bars of the step times relative to the reference's."""
+    """Draw the times of a step, relative to the reference's, as bars into a file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 def stable_diffusion_unet(dtype: torch.dtype) -> nn.Module:
-    """The UNet of Stable Diffusion 1.5 with random weights."""
+    """A frozen UNet of Stable Diffusion 1.5, with random weights that keep the size of what goes through."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -29,19 +31,24 @@ def stable_diffusion_unet(dtype: torch.dtype) -> nn.Module:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def inputs(batch: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, time step and prompt embedding."""
+def inputs(batch: int, resolution: int, dtype: torch.dtype) -> Inputs:
+    """Arguments of the UNet: noisy latents (B, 4, h, h), the time, and hidden states of prompts (B, 77, 768).
+
+    Args:
+        batch: B; resolution: h, the side of the latents.
+    """
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(batch, 4, resolution, resolution, generator=generator).to(dtype)
     prompt = torch.randn(batch, 77, 768, generator=generator).to(dtype)
     return latents, torch.tensor(500), prompt
 
 
-def train_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_counter) -> float:
-    """Seconds of one forward and backward pass."""
+def train_step(model: nn.Module, arguments: Inputs, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one forward and backward pass. A model without trained parameters gets gradients of its input."""
     latents, timestep, prompt = arguments
     parameters = trainable(model)
     latents = latents.detach().requires_grad_(not parameters)
@@ -54,7 +61,7 @@ def train_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_c
 
 
 @torch.no_grad()
-def inference_step(model: nn.Module, arguments: tuple, clock: Callable = time.perf_counter) -> float:
+def inference_step(model: nn.Module, arguments: Inputs, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one forward pass with the adapter unmerged."""
     start = clock()
     model(*arguments)

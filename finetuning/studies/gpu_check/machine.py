@@ -1,4 +1,4 @@
-"""What a machine has: versions of packages, the device, compilers."""
+"""What a machine has: versions of packages, the device, and compilers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ UNUSED = (
 
 
 def packages(constraints: Path) -> list[str]:
-    """A line for each package that is needed: its version, and the one that the tests run with where it is another.
+    """A line for each package that is needed: its version, and the tested versions where it is none of them.
 
     Args:
-        constraints: constraints.txt, which says what is tested.
+        constraints: constraints.txt, which lists the tested versions.
 
     Raises:
-        InputError: names those that are missing.
+        InputError: if packages are missing; it names them.
     """
     tested = tested_versions(constraints)
-    there = {name: installed(name) for name in NEEDED}
-    if missing := [name for name, found in there.items() if found is None]:
+    there = {name: found for name in NEEDED if (found := installed(name)) is not None}
+    if missing := [name for name in NEEDED if name not in there]:
         raise InputError(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)} -c constraints.txt")
     lines = [f"Python {platform.python_version()}"]
     for name, found in there.items():
@@ -44,7 +44,7 @@ def packages(constraints: Path) -> list[str]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None if it is not installed."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -52,7 +52,7 @@ def installed(name: str) -> str | None:
 
 
 def tested_versions(constraints: Path) -> dict[str, list[str]]:
-    """{package in small letters: versions, one for each range of Python}."""
+    """{name of a package in small letters: its tested versions, one for each range of Python}."""
     found: dict[str, list[str]] = {}
     for line in constraints.read_text(encoding="utf-8").splitlines():
         name, _, rest = line.split("#")[0].partition("==")
@@ -62,10 +62,13 @@ def tested_versions(constraints: Path) -> dict[str, list[str]]:
 
 
 def device(kind: str) -> dict[str, object]:
-    """The device that torch sees, and what compiling for it would need. Imports torch.
+    """Describe the device that torch sees, and what compiling for it needs. Imports torch.
+
+    Args:
+        kind: "cuda" or "cpu".
 
     Raises:
-        InputError: it is asked for and not there.
+        InputError: if kind is "cuda" and torch sees no GPU.
     """
     import torch
 
