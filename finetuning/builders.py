@@ -37,7 +37,7 @@ from finetuning.settings.shared import (
 )
 from finetuning.training.averages import Averages
 from finetuning.training.checkpoint import Checkpoints
-from finetuning.training.optimizer import RATE, make_optimizer, make_schedule
+from finetuning.training.optimizer import RATE_NAME, make_optimizer, make_schedule
 from finetuning.training.state import TrainingState
 from finetuning.training.training import Training
 
@@ -109,7 +109,7 @@ def build_optimizer(
         if name in rates:
             called += f"_{name}"
         for group in adapter.parameter_groups(rate, settings.adam_weight_decay, scale_rate):
-            groups.append({**group, RATE: called if group["lr"] == rate else "learning_rate_scale"})
+            groups.append({**group, RATE_NAME: called if group["lr"] == rate else "learning_rate_scale"})
     optimizer = make_optimizer(
         groups,
         betas=(settings.adam_beta1, settings.adam_beta2),

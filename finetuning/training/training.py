@@ -19,7 +19,8 @@ from finetuning.modes import evaluating
 from finetuning.run.clock import Clock
 from finetuning.run.run import Run
 from finetuning.training.averages import applied
-from finetuning.training.checkpoint import Checkpoints, write_folder
+from finetuning.training.checkpoint import Checkpoints
+from finetuning.training.complete_folder import write_folder
 from finetuning.training.encoding import Encoding
 from finetuning.training.optimizer import learning_rates
 from finetuning.training.state import TrainingState
