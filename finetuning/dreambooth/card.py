@@ -12,7 +12,15 @@ from finetuning.training.training import Training
 
 
 def write_card(folder: Path, config: DreamBoothConfig, base: str, training: Training, picture: Path | None) -> None:
-    """What was trained, on what, how to use it. base: name of the base model; picture: of before and after."""
+    """Write the card: what was trained, on what, and how to use it.
+
+    Args:
+        folder: the run's output folder.
+        config: the run's settings.
+        base: name of the base model.
+        training: of the run, at its end.
+        picture: of before and after, in the folder. None = there is none.
+    """
     card = model_card(
         title=config.subject.instance_prompt,
         base=base,
@@ -23,7 +31,7 @@ def write_card(folder: Path, config: DreamBoothConfig, base: str, training: Trai
             "method": config.adapter.kind,
             **facts_of(config, numbers=training.count(), steps=training.number, batch=training.total_batch),
         },
-        picture=picture and picture.name,
+        picture=picture.name if picture else None,
         prompts=config.validation.validation_prompt,
         with_text_encoder="text_encoder" in training.adapters,
         stock_peft=config.adapter.boft_n_butterfly_factor == 1,
