@@ -177,13 +177,11 @@ def build_training(
         adapters: what is trained, by the names of their modules.
         config: the settings of the run.
         images: how many an epoch has. 0 = there is no end to them.
-        data: fingerprint of the images and captions.
-        data_flag: the flag that names them, for messages.
+        data: fingerprint of the images and captions; data_flag: the flag that names them, for messages.
         rates: learning rates of those adapters, by name, that have another one than --learning_rate.
 
     Raises:
-        InputError: if the schedule does not fit the number of steps, the output folder holds another run, or the
-            checkpoint belongs to another run.
+        InputError: if the schedule, the output folder or the checkpoint does not fit this run.
     """
     optimization = config.optimization
     total_batch = optimization.train_batch_size * run.accumulation * run.processes
