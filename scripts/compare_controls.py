@@ -7,7 +7,7 @@
 
 A "subject" of the grid is a kind of control: canny, edges or mask. Learning rates are chosen on those of `selection`,
 by controls of the toy world's part "held out"; the best ones run on those of `report`, by controls of its part "test",
-which no training and no choice has seen. Each run goes through train_controlnet.py; scores: finetuning/control/consistency.py.
+which no training and no choice has seen. Each run goes through train_controlnet.py; scores: see consistency.py.
 Pictures of the base without control are the floor, real renders the ceiling. The command may run several times at
 once; each takes what is free.
 """

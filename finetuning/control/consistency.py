@@ -162,7 +162,7 @@ class Segmenter:
     @torch.no_grad()
     def labels(self, image: Image.Image) -> np.ndarray:
         """The class of every pixel, (H, W)."""
-        logits = self.model(self.preprocessing(image)[None].to(self.model.device)).logits.float()
+        logits = self.model(self.preprocessing(image)[None].to(next(self.model.parameters()).device)).logits.float()
         return torch.nn.functional.interpolate(logits, image.size[::-1], mode="bilinear").argmax(1)[0].cpu().numpy()
 
     def colours(self, image: Image.Image) -> Image.Image:

@@ -67,7 +67,7 @@ class HubSource:
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, str]]:
         values = self.data.select_columns([self.caption_column])[:][self.caption_column]
-        found, faults = [], []
+        found, faults = [], list[str]()
         for index in indices:
             try:
                 found.append((self._caption_place(index), self._caption(index, values[index])))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
@@ -64,7 +64,7 @@ class HintEncoder(ModelMixin, ConfigMixin):
             layers.append(nn.Conv2d(wide, wide if k < len(widths) - 2 else out_channels, 3, padding=1))
         for layer in layers:
             nn.init.normal_(layer.weight, std=SILU_GAIN / math.sqrt(layer.weight[0].numel()))
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(torch.Tensor, layer.bias))
         nn.init.zeros_(layers[-1].weight)
         self.layers = nn.ModuleList(layers)
 
@@ -94,7 +94,7 @@ def hinted(unet: nn.Module, hint: torch.Tensor, guess_mode: bool = False) -> Ite
         unconditional = torch.zeros_like(hint) if guess_mode else hint
         return features + torch.cat([unconditional, hint]).to(features.dtype)
 
-    handle = unet.conv_in.register_forward_hook(add)
+    handle = unet.get_submodule("conv_in").register_forward_hook(add)
     try:
         yield
     finally:

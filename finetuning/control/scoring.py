@@ -20,7 +20,6 @@ from finetuning.control.conditions import show_condition
 from finetuning.control.consistency import Consistency, Detector, consistency, overlay, references
 from finetuning.control.loading import load_control_run
 from finetuning.control.stream import ControlBatch
-from finetuning.dataset.stream import to_image
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import as_json, write, write_table
 from finetuning.files import save_picture
@@ -83,7 +82,7 @@ class ControlTest:
         is_carved = not data.is_toyworld and data.held_out_split is None and data.held_out_data_dir is None
         _, stream = build_streams(data, config.control.conditioning_channels, config.optimization.seed, rendered)
         if count is not None and count != stream.size:
-            if is_carved and count > stream.size:
+            if is_carved and count > (stream.size or 0):
                 raise InputError(f"--images={count}: the run held out {stream.size}; others were trained on")
             config = config.with_values(held_out_images=count)
             build = (config.data, config.control.conditioning_channels, config.optimization.seed, rendered)
@@ -91,8 +90,8 @@ class ControlTest:
         if segmentation_model is not None:
             data = config.with_values(segmentation_model=segmentation_model).data
         detectors = {**build_detectors(data, toy_segments, torch.device("cpu")), **(more or {})}
-        batch = stream.fixed(stream.size)
-        real = [to_image(pixels) for pixels in batch.images[0].pixels]
+        batch = stream.fixed()
+        real = batch.pictures()
         wanted = references(detectors, config.data.control_kind, batch.conditions, real)
         return cls(config, batch, real, detectors, wanted)
 

@@ -10,13 +10,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from PIL import Image
 
 from finetuning.control.conditions import Bands, is_label_map, nearest, read_bands, to_condition
-from finetuning.control.sources import Source, sizes_fault
-from finetuning.dataset.stream import Batch, Batches, ImageBatch, Transform, to_tensor
+from finetuning.control.sources import Source, StoredSource, sizes_fault
+from finetuning.dataset.stream import Batch, Batches, ImageBatch, Transform, to_image, to_tensor
 from finetuning.errors import InputError
 from finetuning.randomness import derived_seed, generator, permutation
 
@@ -31,6 +32,13 @@ class ControlBatch(Batch):
     """Samples with their controls, `conditions`, (B, channels, H, W) in [0, 1]."""
 
     conditions: torch.Tensor
+
+    def pictures(self) -> list[Image.Image]:
+        """The images of the samples. Impossible where the batch holds moments of latents in their place."""
+        pixels = self.images[0].pixels
+        if pixels is None:
+            raise ValueError("the batch holds latents")
+        return [to_image(image) for image in pixels]
 
 
 @dataclass
@@ -104,7 +112,7 @@ class ControlStream:
         if self.source.size is None:
             self.read(self.chosen(1)[0])
             return
-        faults, verified, indices = [], 0, self.chosen(self.size)
+        faults, verified, indices = list[str](), 0, self.chosen()
         for place, index in enumerate(indices):
             try:
                 if place < count or pixels > 0:
@@ -113,7 +121,7 @@ class ControlStream:
                     pixels -= image.width * image.height
                 else:
                     verified += 1
-                    self.source.verify(index)
+                    self._stored.verify(index)
             except InputError as error:
                 faults += error.faults
         if faults:
@@ -129,7 +137,7 @@ class ControlStream:
         """What messages call the image and the control of a sample."""
         if self.source.size is None:
             return f"sample {index}", f"the control of sample {index}"
-        return self.source.names(index)
+        return self._stored.names(index)
 
     def captions(self) -> list[tuple[str, str]]:
         """Where each caption is written, and the caption. Of rendered samples, the first few.
@@ -139,12 +147,18 @@ class ControlStream:
         """
         if self.source.size is None:
             return [(f"sample {index}", self.source[index][2]) for index in self.chosen(FINGERPRINT_SAMPLES)]
-        return self.source.captions(self.chosen(self.size))
+        return self._stored.captions(self.chosen())
 
-    def chosen(self, count: int) -> list[int]:
-        """Indices of the first `count` samples, in the order of the source."""
-        indices = range(count if self.size is None else self.source.size) if self.indices is None else self.indices
+    def chosen(self, count: int | None = None) -> list[int]:
+        """Indices of the first `count` samples, in the order of the source. None = all of them."""
+        end = count if self.source.size is None else self.source.size
+        indices = range(end or 0) if self.indices is None else self.indices
         return list(indices[:count])
+
+    @property
+    def _stored(self) -> StoredSource:
+        """The source, if there is an end to its samples: these are stored."""
+        return cast(StoredSource, self.source)
 
     def fingerprint(self) -> str:
         """A short hash of how many samples there are, and of images, controls and captions of some spread over all."""
@@ -158,7 +172,7 @@ class ControlStream:
     def is_cacheable(self) -> bool:
         """Whether there is an end to the samples, and none of them is cropped at random."""
         return self.size is not None and all(
-            self.transform.is_cacheable(self.source[index][0].size) for index in self.chosen(self.size)
+            self.transform.is_cacheable(self.source[index][0].size) for index in self.chosen()
         )
 
     def cache(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -168,7 +182,7 @@ class ControlStream:
         """
         moments = {}
         middle = replace(self.transform, random_flip=False, center_crop=True)
-        for index in self.chosen(self.size):
+        for index in self.chosen():
             image, bands, prompt, resizing = self.read(index)
             views = [to_tensor(middle.crop(image))]
             control = [to_condition(bands, replace(resizing, random_flip=False, center_crop=True), 0)]
@@ -177,12 +191,13 @@ class ControlStream:
             moments[index] = encode(torch.stack(views)).cpu(), torch.stack(control), prompt
         self.moments = moments
 
-    def fixed(self, count: int) -> ControlBatch:
+    def fixed(self, count: int | None = None) -> ControlBatch:
         """A batch for measuring, which is always the same: the first `count` samples, cropped in the middle.
 
-        If there are fewer samples, they are repeated.
+        If there are fewer samples, they are repeated. None = all of them, once.
         """
         indices = self.chosen(count)
+        count = len(indices) if count is None else count
         middle = replace(self.transform, center_crop=True, random_flip=False)
         pixels, conditions, prompts = [], [], []
         for index in (indices[i % len(indices)] for i in range(count)):
@@ -221,9 +236,10 @@ class ControlBatches(Batches):
     def __getitem__(self, number: int) -> ControlBatch:
         (stream,) = self.streams
         rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
-        views, conditions = (torch.stack([row[i] for row in rows]) for i in (0, 1))
-        images = ImageBatch(pixels=views) if stream.moments is None else ImageBatch(moments=views)
-        return ControlBatch([images], [row[2] for row in rows], [row[3] for row in rows], conditions)
+        views, conditions, prompts, keys = zip(*rows)
+        stack = torch.stack(views)
+        images = ImageBatch(pixels=stack) if stream.moments is None else ImageBatch(moments=stack)
+        return ControlBatch([images], list(prompts), list(keys), torch.stack(conditions))
 
 
 def split_off_held_out(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ from finetuning.files import write
 from finetuning.publishing.model_card import facts_of, model_card
 from finetuning.run_folder import CARD
 from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.types import required
 from finetuning.training.training import Training
 
 
@@ -21,12 +22,13 @@ def write_card(folder: Path, config: DreamBoothConfig, base: str, training: Trai
         training: of the run, at its end.
         picture: of before and after, in the folder. None = there is none.
     """
+    prompt = required(config.subject.instance_prompt, "--instance_prompt")
     card = model_card(
-        title=config.subject.instance_prompt,
+        title=prompt,
         base=base,
         kind=config.adapter.kind,
         folder=str(folder),
-        prompt=config.subject.instance_prompt,
+        prompt=prompt,
         facts={
             "method": config.adapter.kind,
             **facts_of(config, numbers=training.count(), steps=training.number, batch=training.total_batch),

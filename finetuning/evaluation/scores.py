@@ -88,7 +88,7 @@ def score_pictures(
     text_encoder: Encoder | None = None,
     lpips: LPIPS | None = None,
     batch_size: int = 16,
-    advance: Callable[[int], None] = lambda n: None,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The scores of every picture, and those of the real photos among themselves.
 

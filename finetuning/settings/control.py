@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
-from finetuning.settings.fields import Config, Group, setting
+from finetuning.settings.fields import Group, setting
 from finetuning.settings.shared import (
     AverageSettings,
     CheckpointSettings,
@@ -21,6 +21,7 @@ from finetuning.settings.shared import (
     ObjectiveSettings,
     OptimizationSettings,
     TrackerSettings,
+    TrainerConfig,
     ValidationSettings,
 )
 
@@ -214,7 +215,7 @@ class ControlValidationSettings(ValidationSettings):
 
 
 @dataclass
-class ControlNetConfig(Config):
+class ControlNetConfig(TrainerConfig):
     """Everything that train_controlnet.py can be told."""
 
     model: ModelSettings

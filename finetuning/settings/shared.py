@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 from finetuning.run_folder import LOGS
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
-from finetuning.settings.fields import Group, setting
+from finetuning.settings.fields import Config, Group, setting
 
-T = TypeVar("T")
 EMBEDDED_BASE = str(Path(__file__).resolve().parents[2] / "data" / "toyworld" / "base")
 
 SCHEDULES = (
@@ -228,7 +226,7 @@ class TrackerSettings(Group):
                 yield f"--{name}{shown}: has no effect without --push_to_hub; add it or drop this flag"
 
 
-class TrainerConfig(Protocol):
+class TrainerConfig(Config):
     """The groups that the settings of all trainers have."""
 
     model: ModelSettings
@@ -240,9 +238,3 @@ class TrainerConfig(Protocol):
     checkpoints: CheckpointSettings
     validation: ValidationSettings
     tracking: TrackerSettings
-
-    def save(self, path: Path) -> None: ...
-
-    def as_dict(self, *, secrets: bool = False) -> dict[str, Any]: ...
-
-    def with_values(self: T, **values: Any) -> T: ...

@@ -54,9 +54,9 @@ class Encoding:
 
         The draw for image i depends on (seed, keys[i]) alone.
         """
-        device = self.base.part(self.base.denoiser_part).device
+        device = next(self.base.part(self.base.denoiser_part).parameters()).device
         with self.phase("encode"):
-            moments = [self.base.moments(i.pixels) if i.moments is None else i.moments for i in batch.images]
+            moments = [images.encoded(self.base.moments) for images in batch.images]
             mean, deviation = torch.cat([onto(part, device) for part in moments]).unbind(dim=1)
             return mean + deviation * normal(mean.shape[1:], self.seed, "latent", batch.keys, like=mean)
 

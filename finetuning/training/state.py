@@ -107,7 +107,7 @@ class TrainingState:
         Raises:
             ValueError: if the state was made by others than these, or holds numbers that are not finite.
         """
-        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "averages": self.averages}
+        parts: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.schedule, "averages": self.averages}
         if state["scaler"] is not None:
             parts["scaler"] = self.scaler
         for name, part in parts.items():
