@@ -34,7 +34,7 @@ from finetuning.control.consistency import consistency, overlay, plot_scores, re
 from finetuning.control.network import CONTROL_PARTS, predict
 from finetuning.control.sampler import ControlSampler
 from finetuning.control.stream import ControlBatch, ControlBatches
-from finetuning.dataset.stream import read_prompts, to_image
+from finetuning.dataset.stream import read_prompts
 from finetuning.errors import InputError
 from finetuning.files import save_picture
 from finetuning.objective.diffusion import mean_squared_error
@@ -149,13 +149,13 @@ class ControlNet:
         data, stream, encoding = self.config.data, self.stream, self.training.encoding
         images = "images without an end" if stream.size is None else f"{stream.size:,} images"
         begin(self.training, self.config, self.config.kind, images)
-        self.held_out = self.held_out_stream.fixed(self.held_out_stream.size)
-        self.real = [to_image(pixels) for pixels in self.held_out.images[0].pixels]
+        self.held_out = self.held_out_stream.fixed()
+        self.real = self.held_out.pictures()
         self.wanted = references(self.detectors, data.control_kind, self.held_out.conditions, self.real)
         if data.cache_latents:
             stream.cache(self.base.moments)
         if data.pre_compute_text_embeddings:
-            prompts = [stream.source[index][2] for index in stream.chosen(stream.size)]
+            prompts = [stream.source[index][2] for index in stream.chosen()]
             encoding.keep(["", *prompts, *self.held_out.prompts])
         self.training.wrap_modules()
 

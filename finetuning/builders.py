@@ -1,4 +1,4 @@
-"""From the settings that all trainers have to objects, by two doors: `build_base`, then `build_training`.
+"""From the settings that all trainers have to objects. The two doors are `build_base` and then `build_training`.
 
 Between the two a trainer reads its data and puts its adapters on the base. Nothing is written before `begin`.
 """
@@ -38,7 +38,7 @@ from finetuning.settings.shared import (
 )
 from finetuning.training.averages import Averages
 from finetuning.training.checkpoint import Checkpoints
-from finetuning.training.optimizer import RATE, make_optimizer, make_schedule
+from finetuning.training.optimizer import RATE_NAME, make_optimizer, make_schedule
 from finetuning.training.state import TrainingState
 from finetuning.training.training import Training
 
@@ -46,10 +46,14 @@ C = TypeVar("C", bound=TrainerConfig)
 
 
 def build_base(config: C) -> tuple[Run, StableDiffusion, C]:
-    """The processes of a run, the frozen base model on their device, and the settings that follow from both.
+    """Join the processes of the run and load the frozen base model onto their device.
+
+    Returns:
+        The processes, the base, and the settings with --mixed_precision and --resolution resolved.
 
     Raises:
-        InputError: the output folder, the trackers, the processes or the base cannot be had, or do not fit each other.
+        InputError: if the output folder cannot be written, a tracker is not installed, the processes cannot be joined,
+            the base cannot be loaded, or the settings do not fit it.
     """
     check_writable(Path(config.checkpoints.output_dir), "--output_dir")
     tracker_names(config.tracking.report_to)
@@ -78,7 +82,10 @@ def build_base(config: C) -> tuple[Run, StableDiffusion, C]:
 def build_adapters(
     base: StableDiffusion, settings: DreamBoothAdapterSettings, gradient_checkpointing: bool
 ) -> dict[str, Adapter]:
-    """What --use_boft, --use_lora, or neither put on the UNet and, if it is trained, on the text encoder."""
+    """The adapters on the UNet and, if it is trained, on the text encoder, by part.
+
+    They are BOFT, LoRA, or with neither flag all weights.
+    """
     adapters = {"unet": build_adapter(base.unet, settings)}
     if settings.train_text_encoder:
         adapters["text_encoder"] = build_adapter(base.text_encoder, settings)
@@ -98,11 +105,19 @@ def build_optimizer(
     total_batch: int,
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The optimizer over all adapters, and its schedule of `steps` optimizer steps.
+    """The optimizer over all adapters, and the schedule of its learning rates.
 
     Args:
-        scale_rate: of BOFT's scale, None = as the rest; rates: of adapters that have another than --learning_rate.
-            Both are logged under names of their own, e.g. learning_rate_scale, learning_rate_hint_encoder.
+        adapters: what is trained, by name.
+        settings: of the optimization.
+        scale_rate: learning rate of BOFT's scale s, logged as learning_rate_scale. None = as the rest.
+        steps: optimizer steps of the run.
+        total_batch: samples in an optimizer step, for --scale_lr.
+        rates: learning rates of those adapters, by name, that have another one than --learning_rate. They are logged
+            as learning_rate_NAME.
+
+    Raises:
+        InputError: if the warm-up is longer than the run, or 8-bit Adam is not installed.
     """
     factor, groups = total_batch if settings.scale_lr else 1, []
     for name, adapter in adapters.items():
@@ -110,7 +125,7 @@ def build_optimizer(
         if name in rates:
             called += f"_{name}"
         for group in adapter.parameter_groups(rate, settings.adam_weight_decay, scale_rate):
-            groups.append({**group, RATE: called if group["lr"] == rate else "learning_rate_scale"})
+            groups.append({**group, RATE_NAME: called if group["lr"] == rate else "learning_rate_scale"})
     optimizer = make_optimizer(
         groups,
         betas=(settings.adam_beta1, settings.adam_beta2),
@@ -133,7 +148,11 @@ def build_optimizer(
 def build_sampler(
     base: StableDiffusion, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
 ) -> Sampler:
-    """How pictures are made. Raises InputError for more denoising steps than the model has, or its sampler can do."""
+    """The sampler of validation pictures.
+
+    Raises:
+        InputError: if more denoising steps are asked for than the model has, or than its scheduler can take.
+    """
     most = base.scheduler.config.num_train_timesteps
     if settings.num_inference_steps > most:
         raise InputError(f"--num_inference_steps={settings.num_inference_steps}: the model has {most}; give fewer")
@@ -152,14 +171,18 @@ def build_training(
     data_flag: str,
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Training:
-    """What trains the adapters, from the start or from where a checkpoint left off. Nothing is written.
+    """What trains the adapters, from the beginning or from where a checkpoint left off. Nothing is written.
 
     Args:
-        images: in an epoch, 0 = without an end; data: their fingerprint; data_flag: the flag that names them.
-        rates: of adapters that have another than --learning_rate, by name.
+        run, base: as `build_base` returns them.
+        adapters: what is trained, by the names of their modules.
+        config: the settings of the run.
+        images: how many an epoch has. 0 = there is no end to them.
+        data: fingerprint of the images and captions; data_flag: the flag that names them, for messages.
+        rates: learning rates of those adapters, by name, that have another one than --learning_rate.
 
     Raises:
-        InputError: the schedule does not fit the steps, or the output folder or the checkpoint not this run.
+        InputError: if the schedule, the output folder or the checkpoint does not fit this run.
     """
     optimization = config.optimization
     total_batch = optimization.train_batch_size * run.accumulation * run.processes
@@ -200,7 +223,10 @@ def build_training(
 
 
 def begin_where(state: TrainingState, config: TrainerConfig, last_step: int) -> tuple[Checkpoints, int]:
-    """The checkpoints of the run, and the step that it goes on from, whose state is then read; 0 = from the start."""
+    """The checkpoints of the run, and the step after which it goes on; 0 = from the beginning.
+
+    If the run is resumed, `state` is read from its checkpoint.
+    """
     settings = config.checkpoints
     checkpoints = Checkpoints(Path(settings.output_dir), settings.checkpoints_total_limit)
     found = checkpoints.choose(settings.resume_from_checkpoint, settings.overwrite_output_dir)
@@ -209,12 +235,16 @@ def begin_where(state: TrainingState, config: TrainerConfig, last_step: int) -> 
 
 
 def begin(training: Training, config: TrainerConfig, method: str, images: str) -> None:
-    """Open the run's folder and trackers, and say what is about to happen: from here on, things are written.
+    """Open the run's folder and trackers, and tell the user what is about to happen. From here on, files are written.
 
-    method: how it is trained, in a word, and images: on what; for the line that the user reads.
+    Args:
+        training: as `build_training` returns it.
+        config: the settings of the run, which are recorded.
+        method: how it is trained, in a word, for the line that the user reads.
+        images: what it is trained on, for the same line, e.g. "5 photos".
 
     Raises:
-        InputError: a tracker cannot be opened; what stands in the folder is as it was.
+        InputError: a tracker cannot be opened; what is in the folder stays as it was.
     """
     run, folder = training.run, training.checkpoints.folder
     if run.is_main:
@@ -234,7 +264,10 @@ def begin(training: Training, config: TrainerConfig, method: str, images: str) -
 
 
 def build_hub(settings: TrackerSettings, output_dir: Path) -> HubRepository | None:
-    """Where --push_to_hub puts the result: asked after everything else has been checked, because it may make it."""
+    """The repository that --push_to_hub uploads the result to, or None without that flag.
+
+    It is asked for after everything else has been checked, because asking may create it.
+    """
     if not settings.push_to_hub:
         return None
     return open_repository(settings.hub_model_id, settings.hub_token, output_dir)
@@ -258,7 +291,7 @@ def build_trackers(settings: TrackerSettings, config: Config, folder: Path, firs
 
 
 def build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter:
-    """BOFT or LoRA on a module, or all of its weights."""
+    """Put BOFT or LoRA on a module, or without either train all of its weights."""
     if settings.use_boft:
         return add_boft(
             module,

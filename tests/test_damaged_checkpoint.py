@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_wrong_input import Case
 from training import flags, metrics, run
 
-from finetuning.training.checkpoint import MANIFEST, _listing
+from finetuning.run_folder import MANIFEST
+from finetuning.training.complete_folder import listing
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def trained(toy_base, tmp_path_factory) -> Path:
 def reseal(path: Path) -> None:
     """Make the manifest agree with what is there, so that the damage lies deeper."""
     (path / MANIFEST).unlink()
-    (path / MANIFEST).write_text(json.dumps(_listing(path)))
+    (path / MANIFEST).write_text(json.dumps(listing(path)))
 
 
 def no_torch_file(path: Path) -> None:

@@ -28,11 +28,12 @@ from training import run as train
 from finetuning.adapters.pipelines import load_adapter, load_base, unload_adapter
 from finetuning.control.loading import load_control_run
 from finetuning.control.network import new_controlnet, new_hint_encoder
+from finetuning.run_folder import MANIFEST
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import fields_of
 from finetuning.settings.reading import read_config
-from finetuning.training.checkpoint import MANIFEST, _listing
+from finetuning.training.complete_folder import listing
 from scripts import export, generate, merge
 from train_controlnet import ControlNet
 from train_dreambooth import DreamBooth
@@ -110,7 +111,7 @@ def reseal(folder: Path) -> None:
     if manifest.is_dir():
         manifest.rmdir()
     manifest.unlink(missing_ok=True)
-    manifest.write_text(json.dumps(_listing(folder)))
+    manifest.write_text(json.dumps(listing(folder)))
 
 
 @pytest.mark.parametrize("seed", range(35))

@@ -18,7 +18,8 @@ from finetuning.errors import InputError
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.folders import is_same, lies_inside
 from finetuning.settings.reading import read_config
-from finetuning.training.checkpoint import Checkpoints, SaveError, write_folder
+from finetuning.training.checkpoint import Checkpoints
+from finetuning.training.complete_folder import SaveError, write_folder
 
 STEP = ("--max_train_steps=1",)
 

@@ -25,7 +25,7 @@ from finetuning.dreambooth.class_images import batches_of
 from finetuning.run.run import Run
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.reading import read_config
-from finetuning.training.checkpoint import damage
+from finetuning.training.complete_folder import damage
 from train_dreambooth import DreamBooth
 
 LORA = ("--use_lora", "--rank=2")

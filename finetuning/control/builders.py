@@ -1,4 +1,4 @@
-"""From the settings of train_controlnet.py to objects; builders.py has those that both trainers share."""
+"""From the settings of train_controlnet.py to objects; finetuning/builders.py has those that all trainers share."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from finetuning.settings.control import MADE, RENDERED, ControlDataSettings, Con
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 16
-Labels = Callable[[Image.Image], np.ndarray]
-RenderedSource = Callable[[str, str], Source]  # (kind of control, part) to the toy world's samples
+HELD_OUT = 16  # samples that are only measured, unless --held_out_images says another number
+Labels = Callable[[Image.Image], np.ndarray]  # an image to the class of each pixel, (H, W)
+RenderedSource = Callable[[str, str], Source]  # (kind of control, part of the data) to samples of the toy world
 
 
 def build_control(base: StableDiffusion, config: ControlNetConfig) -> dict[str, Adapter]:
-    """What is trained, by name: hint encoder or ControlNet, and the adapter on the UNet. Needs the bare UNet."""
+    """What is trained, by name: the hint encoder or the ControlNet, and the adapter on the UNet if there is one.
+
+    The UNet must not carry an adapter yet.
+    """
     settings, kind = config.control, config.kind
     if kind == "light":
         module = new_hint_encoder(base.unet, base.vae_scale, settings.conditioning_channels)
@@ -56,13 +59,16 @@ def build_control(base: StableDiffusion, config: ControlNetConfig) -> dict[str, 
 def build_streams(
     settings: ControlDataSettings, channels: int, seed: int, rendered: RenderedSource
 ) -> tuple[ControlStream, ControlStream]:
-    """Samples to train on, and those that are only measured.
+    """The samples to train on, and those that are only measured, never trained on.
 
     Args:
-        settings: with the resolution resolved; rendered: gives the toy world's samples.
+        settings: of the data, with the resolution resolved.
+        channels: of the controls.
+        seed: decides the order, the crops, and which samples are held out.
+        rendered: gives the toy world's samples.
 
     Raises:
-        InputError: what is wrong with the data.
+        InputError: with everything that is wrong with the data.
     """
     resize = settings.conditioning_resize
     stream = ControlStream(
@@ -101,9 +107,12 @@ def build_streams(
 def build_detectors(
     settings: ControlDataSettings, toy_segments: Callable[[], Labels | None], device: torch.device
 ) -> dict[str, Detector]:
-    """What finds the control in pictures again: edges by OpenCV, and segments where there is a network for them.
+    """What finds the controls in pictures again, by kind: edges by OpenCV, and segments where a network finds them.
 
-    toy_segments: gives the toy world's own.
+    Args:
+        settings: of the data.
+        toy_segments: loads the network that finds the toy world's segments, or returns None if it is not there.
+        device: where networks run.
     """
     detectors: dict[str, Detector] = {}
     if has_opencv():
@@ -118,10 +127,13 @@ def build_detectors(
 
 
 def read_validation(images: list[str], prompts: list[str], channels: int, resolution: int) -> tuple[Any, list[str]]:
-    """Controls (N, channels, resolution, resolution) in [0, 1] and prompts, as many of the one as of the other.
+    """Read the control images of --validation_image, and repeat a single image or prompt so that both are as many.
+
+    Returns:
+        Controls, (N, channels, resolution, resolution) in [0, 1], and N prompts.
 
     Raises:
-        InputError: not there, not readable, another number of channels.
+        InputError: if an image is missing, is not readable, or has another number of channels.
     """
     conditions = []
     for name in images:
@@ -135,7 +147,7 @@ def read_validation(images: list[str], prompts: list[str], channels: int, resolu
 
 
 def _maker(settings: ControlDataSettings) -> Callable[[Image.Image], Image.Image] | None:
-    """What makes the control from the image; None = the source has it."""
+    """The function that makes a control from its image. None = the data has controls."""
     if settings.conditioning not in MADE or (settings.is_toyworld and settings.conditioning in RENDERED):
         return None
     if settings.conditioning == "canny":
@@ -145,7 +157,7 @@ def _maker(settings: ControlDataSettings) -> Callable[[Image.Image], Image.Image
 
 
 def _sources(settings: ControlDataSettings, rendered: RenderedSource) -> tuple[Source, Source | None]:
-    """To train on, and to measure on; None = to be carved off."""
+    """The samples to train on, and those to measure on. None = these are to be split off from the first."""
     if settings.is_toyworld:
         kind = settings.control_kind if settings.control_kind in RENDERED else "edges"  # which canny replaces
         return rendered(kind, "train"), rendered(kind, "held out")

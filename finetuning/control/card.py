@@ -14,7 +14,7 @@ from finetuning.training.training import Training
 
 _LIGHT = """from PIL import Image
 
-from finetuning.control_inference import load_control_run
+from finetuning.control.loading import load_control_run
 
 run = "{folder}"
 pipeline = load_control_run(run)
@@ -35,7 +35,15 @@ _DRAW = """pipeline("a prompt", image=control, controlnet_conditioning_scale=1.0
 
 
 def write_card(folder: Path, config: ControlNetConfig, base: str, training: Training, picture: Path) -> None:
-    """What was trained, on what, how to use it. base: name of the base model; picture: of held-out controls."""
+    """Write the card: what was trained, on what, and how to use it.
+
+    Args:
+        folder: the run's output folder.
+        config: the run's settings.
+        base: name of the base model.
+        training: of the run, at its end.
+        picture: of held-out controls, in the folder.
+    """
     facts = parameter_rows(config, numbers=training.count(), steps=training.number, batch=training.total_batch)
     card = control_card(
         base=base,
@@ -51,11 +59,15 @@ def write_card(folder: Path, config: ControlNetConfig, base: str, training: Trai
 def control_card(
     *, base: str, folder: str, control: str, adapter: str | None, facts: Mapping[str, Any], picture: str
 ) -> str:
-    """Markdown with the hub's front matter.
+    """The card's text: Markdown with the hub's front matter.
 
     Args:
-        base: name of the base model; folder: where this card lies; control: light or full; adapter: boft, lora or
-            None; facts: further lines, name to value; picture: file name of a picture in the folder.
+        base: name of the base model.
+        folder: where the card lies, for the code on it.
+        control: light or full.
+        adapter: boft or lora. None = the UNet carries no adapter.
+        facts: rows of the table of settings, name to value.
+        picture: file name of a picture in the folder.
     """
     tags = ["stable-diffusion", "text-to-image", "controlnet", "diffusers", *([adapter] if adapter else [])]
     front = front_matter(base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)

@@ -1,4 +1,8 @@
-"""Control images: from files, arrays, or the image itself; always as bands, one greyscale image a channel."""
+"""Control images, from files, from arrays, or made from the image itself.
+
+Here they are bands: a list with one greyscale image for each channel, so that any number of channels can be cropped
+and resized like images.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,15 @@ from finetuning.randomness import generator
 
 Bands = list[Image.Image]  # modes L or F, values 0..255, of one size
 
-CANNY = (100, 200)  # thresholds at 512 pixels, as ControlNet's and the papers' are
+CANNY = (100, 200)  # thresholds of canny edges at 512 pixels, as in ControlNet and the papers
 
 
 @lru_cache(maxsize=1)
 def opencv() -> ModuleType:
-    """OpenCV, on one thread: pictures are small, and data loaders have their own processes.
+    """The module of OpenCV, set to one thread: pictures are small, and data loaders have their own processes.
 
     Raises:
-        InputError: it is not installed.
+        InputError: if it is not installed.
     """
     try:
         import cv2
@@ -39,7 +43,7 @@ def opencv() -> ModuleType:
 
 
 def has_opencv() -> bool:
-    """Whether edges can be found; nothing else needs OpenCV."""
+    """Whether OpenCV is installed, which only edges need."""
     try:
         opencv()
     except InputError:
@@ -48,7 +52,7 @@ def has_opencv() -> bool:
 
 
 def canny_thresholds(side: int, low: float = CANNY[0], high: float = CANNY[1]) -> tuple[float, float]:
-    """Thresholds for pictures whose shorter side has so many pixels, from those for 512.
+    """Thresholds of canny edges for pictures whose shorter side has so many pixels, from those for 512 pixels.
 
     A gradient is a difference between neighbours, and these are further apart in a small picture. The cube root was
     chosen on the toy world, where it doubles the thresholds: there, edges found agree best with the renderer's.
@@ -58,13 +62,13 @@ def canny_thresholds(side: int, low: float = CANNY[0], high: float = CANNY[1]) -
 
 
 def canny(image: Image.Image, low: float = CANNY[0], high: float = CANNY[1]) -> Image.Image:
-    """Edges, 255 on 0, in mode L; the thresholds are for 512 pixels."""
+    """The canny edges of an image, 255 on 0, in mode L. The thresholds are those for 512 pixels."""
     thresholds = canny_thresholds(min(image.size), low, high)
     return Image.fromarray(opencv().Canny(np.asarray(image.convert("RGB")), *thresholds))
 
 
 def label_colours(labels: np.ndarray) -> Image.Image:
-    """A map of labels (H, W), 0..255, in the colours of PASCAL VOC: bit k of a label sets a bit of a channel."""
+    """A map of labels (H, W), 0 to 255, in the colours of PASCAL VOC: each bit of a label sets a bit of a channel."""
     channels = np.zeros((*labels.shape, 3), np.uint8)
     rest = labels.astype(np.uint8)
     for bit in range(7, -1, -1):
@@ -75,15 +79,16 @@ def label_colours(labels: np.ndarray) -> Image.Image:
 
 
 def read_bands(condition: object, channels: int, source: str) -> Bands:
-    """A control image or array as so many bands; a single one is repeated three times for a control of three.
+    """A control image or array as bands. A single channel is repeated for a control of three.
 
     Args:
         condition: an image, or an array (H, W) or (H, W, C) of unsigned integers of 8 or 16 bits, of booleans, or of
             floating-point numbers in [0, 1].
-        source: names it in an error.
+        channels: how many bands it must have.
+        source: what messages call it.
 
     Raises:
-        InputError: another number of channels, no or unknown range, or no numbers.
+        InputError: if it has another number of channels, does not hold numbers, or their full range is not known.
     """
     bands = _bands(condition, source)
     if len(bands) == 1 and channels == 3:
@@ -97,27 +102,30 @@ def read_bands(condition: object, channels: int, source: str) -> Bands:
 
 
 def is_label_map(condition: object) -> bool:
-    """Whether the values are names and not quantities, so that a mean of two of them has no meaning."""
+    """Whether the values of a control are names and not quantities, so that a mean of two of them means nothing."""
     return isinstance(condition, Image.Image) and condition.mode in ("P", "1")
 
 
 def to_condition(bands: Sequence[Image.Image], transform: Transform, *key: object) -> torch.Tensor:
-    """(channels, resolution, resolution) in [0, 1]; cropped and mirrored as `key` says, like the image."""
+    """Bands to a tensor (channels, resolution, resolution) in [0, 1].
+
+    The same `key` crops and mirrors the image of the control.
+    """
     return stack([transform.square(band, generator(*key)) for band in bands])
 
 
 def stack(bands: Bands) -> torch.Tensor:
-    """(channels, H, W) in [0, 1], also where resizing has gone beyond the range of numbers that are not bytes."""
+    """Bands to a tensor (channels, H, W). Resizing may leave the range of numbers, so they are clamped to [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(band, np.float32) for band in bands]) / 255).clamp_(0, 1)
 
 
 def nearest(transform: Transform) -> Transform:
-    """The same for label maps."""
+    """The same transform by nearest neighbours, for label maps."""
     return replace(transform, resampling=Image.Resampling.NEAREST)
 
 
 def show_condition(condition: torch.Tensor) -> Image.Image:
-    """(channels, H, W) in [0, 1] as a picture: the first three channels, or the first one in grey."""
+    """A control (channels, H, W) in [0, 1] as a picture: its first three channels in colour, or the first in grey."""
     array = (condition[: 3 if len(condition) >= 3 else 1].float() * 255).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(array.transpose(1, 2, 0) if len(array) == 3 else array[0]).convert("RGB")
 
@@ -141,7 +149,7 @@ def _bands(condition: object, source: str) -> Bands:
 
 
 def _bytes(array: np.ndarray, source: str) -> np.ndarray:
-    """Numbers of a known range as (H, W, C) in 0..255."""
+    """An array of numbers whose range is known, as (H, W, C) from 0 to 255."""
     if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
         raise InputError(f"{source}: an array {array.shape} of {array.dtype}; give (H, W) or (H, W, C) numbers")
     array = array[..., None] if array.ndim == 2 else array

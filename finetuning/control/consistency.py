@@ -1,11 +1,11 @@
-"""How well pictures follow their controls: what was asked for is detected again in the picture and compared.
+"""How well pictures follow their controls: what the control says is detected again in the picture, and compared.
 
     edges      canny (100/200 at 512 pixels): IoU pixel on pixel; F1, precision and recall within a tolerance
     mask       segments by a network: mean IoU over the classes, counted over all pictures
     landmarks  68 points of a face by `face_alignment`: mean distance in pixels at 512
 
-The tolerance of edges is 0.75 % of the diagonal, as in the Berkeley segmentation benchmark. Where a detector finds
-nothing that it can compare, the picture is counted as a failure, not dropped in silence.
+The tolerance of edges is 0.75 % of the diagonal, as in the Berkeley segmentation benchmark. A picture in which a
+detector finds nothing that it can compare is counted as a failure, and not silently left out.
 """
 
 from __future__ import annotations
@@ -34,21 +34,26 @@ HIGHLIGHT = np.array((255, 30, 120))  # colour of controls in overlays
 
 
 class Detector(Protocol):
-    """Finds in a picture what a control says."""
+    """Finds again in a picture what a control has asked for, and scores how well it agrees."""
 
     def detect(self, image: Image.Image) -> Any:
-        """What is found; None = a failure."""
+        """What is found in a picture. None = nothing that could be compared, a failure."""
 
     def compare(self, found: Any, wanted: Any) -> dict[str, float]:
-        """Scores of one picture."""
+        """Scores of one picture: what is found in it against what is wanted."""
 
     def total(self, pairs: Sequence[tuple[Any, Any]], each: Sequence[dict[str, float]]) -> dict[str, float]:
-        """Scores of all pictures in which something was found."""
+        """Scores over all pictures in which something was found.
+
+        Args:
+            pairs: for each of these pictures, what is found and what is wanted.
+            each: the scores of each of them, as `compare` gave them.
+        """
 
 
 @dataclass(frozen=True)
 class EdgeDetector:
-    """Edges as arrays of bool (H, W); thresholds for 512 pixels."""
+    """Finds canny edges, arrays of bool (H, W). The thresholds `low` and `high` are those for 512 pixels."""
 
     low: float = 100
     high: float = 200
@@ -59,12 +64,15 @@ class EdgeDetector:
     def compare(self, found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         return edge_scores(found, wanted)
 
-    def total(self, pairs, each) -> dict[str, float]:
+    def total(self, pairs: Sequence[tuple[Any, Any]], each: Sequence[dict[str, float]]) -> dict[str, float]:
         return mean_scores(each)
 
 
 def edge_scores(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-    """IoU pixel on pixel; precision, recall and their harmonic mean F1 within the tolerance. (H, W) of bool."""
+    """Scores of edges against those that are wanted, both (H, W) of bool.
+
+    IoU compares pixel with pixel. Precision, recall and their harmonic mean F1 accept edges within the tolerance.
+    """
     union = (found | wanted).sum()
     if not union:
         return {"edge_f1": 1.0, "edge_iou": 1.0, "edge_precision": 1.0, "edge_recall": 1.0}
@@ -85,7 +93,7 @@ def edge_scores(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 @dataclass
 class MaskDetector:
-    """Segments as labels (H, W); `labels` finds them in an image."""
+    """Finds segments, label maps (H, W), by the function `labels`."""
 
     labels: Callable[[Image.Image], np.ndarray]
 
@@ -95,7 +103,7 @@ class MaskDetector:
     def compare(self, found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         return {"mask_miou": mean_iou([(found, wanted)])}
 
-    def total(self, pairs, each) -> dict[str, float]:
+    def total(self, pairs: Sequence[tuple[Any, Any]], each: Sequence[dict[str, float]]) -> dict[str, float]:
         return {"mask_miou": mean_iou(pairs)}
 
 
@@ -113,7 +121,7 @@ def mean_iou(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 @dataclass
 class LandmarkDetector:
-    """The 68 points of the largest face, (68, 2) in pixels at 512."""
+    """Finds the 68 points of the largest face by a `model` of face_alignment, (68, 2) in pixels at 512."""
 
     model: Any
 
@@ -127,15 +135,15 @@ class LandmarkDetector:
     def compare(self, found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         return {"landmark_l2": float(np.linalg.norm(found - wanted, axis=1).mean())}
 
-    def total(self, pairs, each) -> dict[str, float]:
+    def total(self, pairs: Sequence[tuple[Any, Any]], each: Sequence[dict[str, float]]) -> dict[str, float]:
         return mean_scores(each)
 
 
 def load_landmarks(device: str = "cpu") -> LandmarkDetector:
-    """By the package face_alignment.
+    """The detector of faces, by the package face_alignment.
 
     Raises:
-        InputError: it is not installed.
+        InputError: if it is not installed.
     """
     try:
         import face_alignment
@@ -146,7 +154,7 @@ def load_landmarks(device: str = "cpu") -> LandmarkDetector:
 
 @dataclass
 class Segmenter:
-    """A network for semantic segmentation of transformers, e.g. SegFormer."""
+    """A network for semantic segmentation from transformers, e.g. SegFormer, with its preprocessing."""
 
     model: torch.nn.Module
     preprocessing: Preprocessing
@@ -154,19 +162,19 @@ class Segmenter:
     @torch.no_grad()
     def labels(self, image: Image.Image) -> np.ndarray:
         """The class of every pixel, (H, W)."""
-        logits = self.model(self.preprocessing(image)[None].to(self.model.device)).logits.float()
+        logits = self.model(self.preprocessing(image)[None].to(next(self.model.parameters()).device)).logits.float()
         return torch.nn.functional.interpolate(logits, image.size[::-1], mode="bilinear").argmax(1)[0].cpu().numpy()
 
     def colours(self, image: Image.Image) -> Image.Image:
-        """The same as a control image."""
+        """The classes of all pixels as a control image, each in its colour."""
         return label_colours(self.labels(image))
 
 
 def load_segmenter(name: str, device: str = "cpu") -> Segmenter:
-    """From a folder or the hub, with the preprocessing that lies beside it.
+    """Load a network for segmentation from a folder or the hub, with the preprocessing that lies beside it.
 
     Raises:
-        InputError: not to be had.
+        InputError: if it cannot be loaded.
     """
     from transformers import AutoModelForSemanticSegmentation
     from transformers.image_processing_base import ImageProcessingMixin
@@ -188,7 +196,9 @@ class Consistency:
     """How pictures follow their controls.
 
     Attributes:
-        scores: of all pictures; each: of every picture, {} where its detector failed; failures: by detector.
+        scores: over all pictures, by name.
+        each: the scores of each picture; {} where every detector failed.
+        failures: how many pictures each detector failed on, by detector.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -197,12 +207,14 @@ class Consistency:
 
 
 def consistency(
-    pictures: Sequence[Image.Image], wanted: dict[str, Sequence[Any]], detectors: dict[str, Detector]
+    pictures: Sequence[Image.Image], wanted: Mapping[str, Sequence[Any]], detectors: Mapping[str, Detector]
 ) -> Consistency:
-    """Detect again and compare.
+    """Detect again what the pictures show, and compare it with what they should show.
 
     Args:
-        wanted: by detector, what each picture should show, see `references`.
+        pictures: drawn by controls.
+        wanted: what each picture should show, by detector, see `references`.
+        detectors: by name.
     """
     result = Consistency(each=[{} for _ in pictures])
     for name, detector in detectors.items():
@@ -223,10 +235,15 @@ def consistency(
 def references(
     detectors: dict[str, Detector], kind: str | None, conditions: torch.Tensor, real: Sequence[Image.Image]
 ) -> dict[str, list[Any]]:
-    """What each picture should show: the control where it is edges, else what is detected in the real picture.
+    """What each picture should show, by detector.
+
+    For edges that is the control itself, if controls are edges; otherwise it is what is detected in the real picture.
 
     Args:
-        kind: of the controls, as in --conditioning; conditions: (N, channels, H, W) in [0, 1]; real: N pictures.
+        detectors: by name.
+        kind: of the controls, as in --conditioning. None = whatever the data has.
+        conditions: the controls, (N, channels, H, W) in [0, 1].
+        real: N real pictures, which the controls belong to.
     """
     return {
         name: list(conditions.amax(1).cpu().numpy() > 0.5)
@@ -237,6 +254,7 @@ def references(
 
 
 def mean_scores(each: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score over pictures."""
     return {name: float(np.mean([scores[name] for scores in each])) for name in each[0]}
 
 
@@ -244,7 +262,10 @@ def mean_scores(each: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def overlay(picture: Image.Image, condition: torch.Tensor, side: int = 192) -> Image.Image:
-    """A picture with its control over it; a map of segments by its borders. Small ones are enlarged."""
+    """A picture with its control drawn over it, enlarged to sides of at least `side` pixels.
+
+    condition: (channels, H, W) in [0, 1]; of a map of segments, the borders are drawn.
+    """
     side = max(side, *picture.size)
     control = condition.float().amax(0).cpu()
     width = max(3, len(control) // 16)
@@ -263,7 +284,13 @@ def _lowest(values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def plot_scores(metrics: Sequence[Mapping[str, float]], names: Iterable[str], path: Path) -> None:
-    """Scores over steps, from the lines of metrics.jsonl: where control sets in, they leave their floor."""
+    """Plot scores over steps into a file: where control sets in, they leave their floor.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        names: of the scores.
+        path: of the file; nothing is drawn without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""Images, controls and captions of the `datasets` library."""
+"""Images, controls and captions of a data set of the `datasets` library, as a `Source`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ REMEDY = "; write texts, or give another --caption_column"
 
 
 class HubSource:
-    """A split of a data set of the `datasets` library.
+    """The samples of one split of a data set.
 
     Args:
-        condition_column: None = the controls are made from the images; split: its name, for errors.
+        data: the split, a Dataset of the library.
+        image_column, caption_column: names of its columns.
+        condition_column: the column of the control. None = controls are made from the images.
+        split: its name, for messages.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class HubSource:
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, str]]:
         values = self.data.select_columns([self.caption_column])[:][self.caption_column]
-        found, faults = [], []
+        found, faults = [], list[str]()
         for index in indices:
             try:
                 found.append((self._caption_place(index), self._caption(index, values[index])))
@@ -95,10 +98,10 @@ class HubSource:
         return caption_of(value, self._caption_place(index), REMEDY)
 
     def _condition(self, value: Any, name: str) -> Any:
-        """A control as an image or an array.
+        """The control in a cell of the table, an image or an array; `name` is for messages.
 
         Raises:
-            InputError: it is neither.
+            InputError: if the cell holds neither.
         """
         feature = self.features[self.condition_column]
         if isinstance(feature, datasets.Image):
@@ -128,10 +131,10 @@ class HubSource:
 
 
 def load_splits(name: str, configuration: str | None = None) -> dict[str, Any]:
-    """Splits of a data set on the hub, or in a local folder that `datasets` reads or has saved.
+    """Load a data set from the hub, or from a local folder that `datasets` reads or has saved; {split: its data}.
 
     Raises:
-        InputError: not to be had.
+        InputError: if it cannot be loaded.
     """
     flag = f"--dataset_name={name}"
     if Path(name).is_file():
@@ -149,10 +152,10 @@ def load_splits(name: str, configuration: str | None = None) -> dict[str, Any]:
 def read_split(
     splits: dict[str, Any], split: str, *, flag: str, image: str, condition: str | None, caption: str
 ) -> HubSource:
-    """One split with its columns.
+    """The samples of one split, by the names of the split and of its columns.
 
     Raises:
-        InputError: no such split or column; says which there are.
+        InputError: if there is no such split or column; says which there are.
     """
     if split not in splits:
         raise InputError(f"{flag}={split}: the data set has {', '.join(splits)}; give one of them")
@@ -169,7 +172,7 @@ def read_split(
 
 
 def _file(value: dict[str, Any] | None) -> Path | BytesIO | None:
-    """What an encoded image can be opened from; None = not on this machine."""
+    """What an encoded image can be opened from. None = it is not on this machine."""
     if value is None:
         return None
     if value.get("bytes") is not None:
@@ -179,7 +182,7 @@ def _file(value: dict[str, Any] | None) -> Path | BytesIO | None:
 
 
 def _number_type(feature: Any) -> str | None:
-    """The type of the numbers in an array or in lists of lists, which rows show as plain numbers."""
+    """The type of the numbers in a column of arrays or of lists of lists, whose rows show plain numbers."""
     while not hasattr(feature, "dtype") and (hasattr(feature, "feature") or isinstance(feature, list)):
         feature = feature[0] if isinstance(feature, list) else feature.feature
     return getattr(feature, "dtype", None)

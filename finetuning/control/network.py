@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
@@ -26,20 +26,23 @@ from finetuning.models.stable_diffusion import StableDiffusion
 
 M = TypeVar("M", bound=ModelMixin)
 
-M = TypeVar("M", bound=ModelMixin)
-
-WIDTHS = (16, 32, 96, 256)  # of the papers' encoder
+WIDTHS = (16, 32, 96, 256)  # channels between the convolutions of the papers' encoder
 SILU_GAIN = 1.68  # keeps the size of features from layer to layer; by torch's own default they would fade
-CONTROL_PARTS = {"light": "hint_encoder", "full": "controlnet"}  # what the module of a kind of control is called
+CONTROL_PARTS = {"light": "hint_encoder", "full": "controlnet"}  # {kind of control: name of its module}
 
 
 class HintEncoder(ModelMixin, ConfigMixin):
     """Eight convolutions from a control image to a hint for the UNet; a fresh one gives zero.
 
     Args:
-        conditioning_channels: of the control; out_channels: of the UNet's first features.
-        scale_factor: pixels along a side of one latent: 1, 2, 4 or 8; the first convolutions that widen take strides.
-        widths: of the features in between.
+        conditioning_channels: channels of the control.
+        out_channels: channels of the UNet's first features.
+        scale_factor: pixels along a side of one latent: 1, 2, 4 or 8. So many of the first convolutions that widen the
+            features have strides of 2 as are needed for it.
+        widths: channels of the features in between.
+
+    Raises:
+        ValueError: if the scale factor is another one.
     """
 
     @register_to_config
@@ -61,7 +64,7 @@ class HintEncoder(ModelMixin, ConfigMixin):
             layers.append(nn.Conv2d(wide, wide if k < len(widths) - 2 else out_channels, 3, padding=1))
         for layer in layers:
             nn.init.normal_(layer.weight, std=SILU_GAIN / math.sqrt(layer.weight[0].numel()))
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(torch.Tensor, layer.bias))
         nn.init.zeros_(layers[-1].weight)
         self.layers = nn.ModuleList(layers)
 
@@ -74,15 +77,16 @@ class HintEncoder(ModelMixin, ConfigMixin):
 
 
 @contextmanager
-def hinted(unet: UNet2DConditionModel, hint: torch.Tensor, guess_mode: bool = False):
-    """For as long as the block lasts, `hint` is added after the UNet's first convolution.
+def hinted(unet: nn.Module, hint: torch.Tensor, guess_mode: bool = False) -> Iterator[None]:
+    """Add `hint` after the UNet's first convolution, for as long as the block lasts.
 
     Args:
-        hint: (B, C, h, w). The UNet is called with B samples, or with 2B for guidance, the unconditional ones first.
-        guess_mode: the unconditional ones go without it.
+        unet: is called with B samples, or with 2B for guidance, the unconditional ones first.
+        hint: (B, C, h, w).
+        guess_mode: whether the unconditional samples go without it.
     """
 
-    def add(module, inputs, features):
+    def add(module: nn.Module, inputs: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if len(features) == len(hint):
             return features + hint.to(features.dtype)
         if len(features) != 2 * len(hint):
@@ -90,7 +94,7 @@ def hinted(unet: UNet2DConditionModel, hint: torch.Tensor, guess_mode: bool = Fa
         unconditional = torch.zeros_like(hint) if guess_mode else hint
         return features + torch.cat([unconditional, hint]).to(features.dtype)
 
-    handle = unet.conv_in.register_forward_hook(add)
+    handle = unet.get_submodule("conv_in").register_forward_hook(add)
     try:
         yield
     finally:
@@ -98,12 +102,15 @@ def hinted(unet: UNet2DConditionModel, hint: torch.Tensor, guess_mode: bool = Fa
 
 
 def cast_residuals(unet: UNet2DConditionModel) -> None:
-    """Let a ControlNet's residuals come in any precision: the trained one's are float32, the frozen UNet may be half.
+    """Have the UNet cast a ControlNet's residuals to its own precision, for good.
 
-    On a CPU their sum, float32, would be an error in the UNet's next normalization.
+    A ControlNet that is trained gives float32, while the frozen UNet may be in half precision. On a CPU their sum, in
+    float32, would be an error in the UNet's next normalization.
     """
 
-    def cast(module, arguments, options):
+    def cast(
+        module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         dtype = next(p.dtype for p in module.parameters() if not p.requires_grad)
         if (down := options.get("down_block_additional_residuals")) is not None:
             options["down_block_additional_residuals"] = [residual.to(dtype) for residual in down]
@@ -122,12 +129,16 @@ def predict(
     condition: Condition,
     image: torch.Tensor,
 ) -> torch.Tensor:
-    """What the controlled UNet predicts, (B, C, h, w).
+    """What the UNet predicts under its control, (B, C, h, w).
 
     Args:
-        base: the family of the UNet.
-        unet, control: UNet, and hint encoder or ControlNet, as processes share them or bare.
-        x_t: (B, C, h, w); t: (B,); condition: of B prompts; image: the control, (B, channels, H, W) in [0, 1].
+        base: the model that the UNet belongs to.
+        unet: as processes share it, or bare.
+        control: the hint encoder or the ControlNet, likewise.
+        x_t: noised latents, (B, C, h, w).
+        t: their times, (B,).
+        condition: of B prompts.
+        image: the controls, (B, channels, H, W) in [0, 1].
     """
     if is_light(control):
         with hinted(_bare(unet), control(image)):
@@ -139,14 +150,20 @@ def predict(
 
 
 def is_light(control: nn.Module) -> bool:
+    """Whether a control is a hint encoder, and not a ControlNet."""
     return isinstance(_bare(control), HintEncoder)
 
 
 def new_hint_encoder(unet: UNet2DConditionModel, scale_factor: int, channels: int) -> HintEncoder:
-    """A fresh hint encoder at the UNet's own width.
+    """A fresh hint encoder that fits a UNet.
+
+    Args:
+        unet: its first features give the number of output channels.
+        scale_factor: pixels along a side of one latent.
+        channels: of the controls.
 
     Raises:
-        InputError: the VAE's factor is none that eight convolutions can follow.
+        InputError: if eight convolutions cannot reduce an image by this factor.
     """
     try:
         return HintEncoder(channels, unet.config.block_out_channels[0], scale_factor)
@@ -157,10 +174,10 @@ def new_hint_encoder(unet: UNet2DConditionModel, scale_factor: int, channels: in
 def new_controlnet(
     unet: UNet2DConditionModel, scale_factor: int, channels: int, name: str | None = None
 ) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the UNet's encoder, or the one of a folder or hub name.
+    """A ControlNet that starts as a copy of the UNet's encoder; or the stored one of a folder or a name on the hub.
 
     Raises:
-        InputError: not to be had, or made for another UNet or other controls.
+        InputError: if the stored one cannot be loaded, or was made for another UNet or for controls of other channels.
     """
     if name is None:
         return ControlNetModel.from_unet(
@@ -185,11 +202,13 @@ def new_controlnet(
 
 
 def load_complete(kind: type[M], place: str | Path) -> M:
-    """A model of one of diffusers' classes, of which nothing is missing: the library would make up what is.
+    """Load a model of one of diffusers' classes, and refuse an incomplete one.
+
+    The library itself would fill in random numbers for what is missing.
 
     Raises:
-        ValueError: tensors are missing, left over, or hold numbers that are not finite.
-        OSError and others: it is not there, or cannot be read.
+        ValueError: if tensors are missing or left over, or hold numbers that are not finite.
+        OSError and others: if the model is not there or cannot be read.
     """
     model, report = kind.from_pretrained(place, output_loading_info=True)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -206,10 +225,10 @@ def _plain(value: object) -> object:
 
 
 def _embedding_widths(scale_factor: int) -> tuple[int, ...]:
-    """Widths of a ControlNet's own encoder of the control, which halves the size between each two of them."""
+    """Channels in a ControlNet's own encoder of the control, which halves the size between each two of them."""
     return WIDTHS[: int(math.log2(scale_factor)) + 1]
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The module behind the one that exchanges gradients between processes."""
+    """The module itself, behind the wrapping that exchanges gradients between processes."""
     return getattr(module, "module", module)

@@ -21,9 +21,9 @@ from finetuning.pictures.generation import PictureOrder
 
 
 class LightControlPipeline(StableDiffusionPipeline):
-    """Stable Diffusion that follows a control image by the hint encoder and the adapter that were trained together.
+    """Stable Diffusion that follows a control image, by a hint encoder and the adapter that was trained with it.
 
-    The parts are those of StableDiffusionPipeline and `hint_encoder`.
+    Its parts are those of StableDiffusionPipeline and `hint_encoder`.
     """
 
     model_cpu_offload_seq = "hint_encoder->text_encoder->image_encoder->unet->vae"
@@ -67,16 +67,20 @@ class LightControlPipeline(StableDiffusionPipeline):
         guess_mode: bool = False,
         **options: Any,
     ):
-        """As StableDiffusionPipeline, whose further arguments follow by name.
+        """Draw as StableDiffusionPipeline does, whose further arguments are given by name.
 
         Args:
-            image: the control, one for all prompts or one for each: images or a tensor (B, channels, H, W) in [0, 1],
-                of the size that is drawn.
+            prompt: one prompt or several.
+            image: the control, one for all prompts or one for each. It is an image, several, or a tensor
+                (B, channels, H, W) in [0, 1]; in the size that is drawn.
+            height, width: of the picture in pixels. None = those of the control.
+            num_images_per_prompt: pictures of each prompt.
             controlnet_conditioning_scale: strength of the hint; 0 = the UNet without it.
-            guess_mode: the unconditional half of guidance goes without the hint, as in diffusers' ControlNet pipeline.
+            guess_mode: whether the unconditional half of guidance goes without the hint, as in diffusers' pipeline for
+                ControlNets.
 
         Raises:
-            ValueError: no control, one of another size or number of channels, or unknown arguments.
+            ValueError: if there is no control, it has another size or number of channels, or an argument is unknown.
         """
         known = inspect.signature(StableDiffusionPipeline.__call__).parameters
         if arguments or (unknown := [name for name in options if name not in known]):
@@ -100,10 +104,10 @@ class LightControlPipeline(StableDiffusionPipeline):
             )
 
     def prepare_condition(self, image: object, height: int | None, width: int | None) -> torch.Tensor:
-        """Controls as a tensor (B, channels, H, W) in [0, 1].
+        """Turn controls in any of the forms that `__call__` takes into a tensor (B, channels, H, W) in [0, 1].
 
         Raises:
-            ValueError: another size or number of channels.
+            ValueError: if there is none, or it has another size or number of channels.
         """
         channels = self.hint_encoder.config.conditioning_channels
         if image is None:
@@ -122,10 +126,10 @@ class LightControlPipeline(StableDiffusionPipeline):
 
 
 def condition_of(image: object, channels: int, name: str) -> torch.Tensor:
-    """One control as a tensor (channels, H, W) in [0, 1], in its own size.
+    """One control as a tensor (channels, H, W) in [0, 1], in its own size. `name` is for messages.
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: if it has another number of channels.
     """
     try:
         return stack(read_bands(image, channels, name))
@@ -136,10 +140,10 @@ def condition_of(image: object, channels: int, name: str) -> torch.Tensor:
 def read_control(
     path: Path, pipeline: LightControlPipeline | StableDiffusionControlNetPipeline, size: int
 ) -> torch.Tensor:
-    """A control image of a file, cut in the middle to a square: (1, channels, size, size) in [0, 1].
+    """Read a control image, cut to a square in the middle: (1, channels, size, size) in [0, 1].
 
     Raises:
-        InputError: not there, not readable, another number of channels.
+        InputError: if the file is missing, is not readable, or has another number of channels.
     """
     if not path.is_file():
         raise InputError(f"--control={path}: no such file")
@@ -154,17 +158,19 @@ def read_control(
 def read_controls(
     orders: Iterable[PictureOrder], pipeline: LightControlPipeline | StableDiffusionControlNetPipeline
 ) -> dict[str, torch.Tensor]:
-    """The control images that orders of one size name, {file: (1, channels, size, size)}.
+    """Read the control images that orders of pictures name, {file: (1, channels, size, size)}.
+
+    Orders that name the same file must be of the same size.
 
     Raises:
-        InputError: as `read_control`.
+        InputError: as `read_control` does.
     """
     sizes = {order.control: order.size for order in orders if order.control is not None}
     return {file: read_control(Path(file), pipeline, size) for file, size in sizes.items()}
 
 
 def without_control(pipeline: LightControlPipeline | StableDiffusionControlNetPipeline) -> StableDiffusionPipeline:
-    """A plain pipeline over the same modules."""
+    """A plain pipeline over the same modules, which draws without control."""
     parts = {name: part for name, part in pipeline.components.items() if name not in CONTROL_PARTS.values()}
     plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     plain.set_progress_bar_config(disable=True)
@@ -174,7 +180,7 @@ def without_control(pipeline: LightControlPipeline | StableDiffusionControlNetPi
 def control_pipeline(
     base: StableDiffusion, control: torch.nn.Module
 ) -> LightControlPipeline | StableDiffusionControlNetPipeline:
-    """The pipeline over these very modules, without copies."""
+    """The pipeline that draws by a hint encoder or a ControlNet. It shares the modules of the base, without copies."""
     kind, part = (
         (LightControlPipeline, "hint_encoder")
         if is_light(control)

@@ -1,4 +1,4 @@
-"""Pictures by control images, with the modules that are in memory."""
+"""Pictures by control images, drawn with the modules that are in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from finetuning.pictures.sampler import Sampler
 
 @dataclass
 class ControlSampler(Sampler):
-    """How pictures are made by control images, whose conditions are tensors (N, channels, H, W) in [0, 1].
+    """Draws pictures by control images, which are tensors (N, channels, H, W) in [0, 1].
 
     Attributes:
-        control: hint encoder or ControlNet that reads them; control_scale: its strength.
+        control: the hint encoder or the ControlNet that reads them.
+        control_scale: its strength.
     """
 
     control: torch.nn.Module | None = None
@@ -25,11 +26,13 @@ class ControlSampler(Sampler):
 
     @classmethod
     def made_of(cls, sampler: Sampler, control: torch.nn.Module, scale: float = 1.0) -> ControlSampler:
-        """As another sampler draws, by control images."""
+        """A sampler with the settings of another one that draws by control images besides."""
         return cls(**vars(sampler), control=control, control_scale=scale)
 
     def pipeline(self) -> DiffusionPipeline:
+        """The pipeline that draws, see `control_pipeline`."""
         return control_pipeline(self.base, self.control)
 
     def options(self, conditions: torch.Tensor | None) -> dict[str, Any]:
+        """The arguments of the pipeline for the controls of a batch."""
         return {"image": conditions, "controlnet_conditioning_scale": self.control_scale}

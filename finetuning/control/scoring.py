@@ -1,4 +1,4 @@
-"""Scores of a ControlNet run: pictures by controls that it never saw, pictures without control, and real ones."""
+"""Scoring a ControlNet run: pictures by controls that it never saw, pictures without control, and real pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from finetuning.control.conditions import show_condition
 from finetuning.control.consistency import Consistency, Detector, consistency, overlay, references
 from finetuning.control.loading import load_control_run
 from finetuning.control.stream import ControlBatch
-from finetuning.dataset.stream import to_image
 from finetuning.errors import InputError
 from finetuning.evaluation.score_table import as_json, write, write_table
 from finetuning.files import save_picture
@@ -37,10 +36,14 @@ WITHOUT, REAL = "without control", "real pictures"
 
 @dataclass
 class ControlTest:
-    """Held-out samples of a run, and what finds their controls in pictures.
+    """The held-out samples of a run, and the detectors that find their controls in pictures.
 
     Attributes:
-        config: of the run; batch: the samples; real: their pictures; wanted: by detector, what pictures should show.
+        config: the run's settings.
+        batch: the samples.
+        real: the real pictures of the samples.
+        detectors: by name.
+        wanted: what each picture should show, by detector.
     """
 
     config: ControlNetConfig
@@ -60,15 +63,18 @@ class ControlTest:
         segmentation_model: str | None = None,
         more: dict[str, Detector] | None = None,
     ) -> ControlTest:
-        """Of a run's folder.
+        """The test of the run in a folder.
 
         Args:
-            rendered, toy_segments: give the toy world's samples and the network that finds its objects.
-            count: samples; None = as many as the run held out. segmentation_model: also score segments by it.
-            more: further detectors.
+            run: the folder.
+            rendered: gives the toy world's samples.
+            toy_segments: loads the network that finds the toy world's objects.
+            count: how many samples. None = as many as the run held out.
+            segmentation_model: name of a network by which segments are scored as well.
+            more: further detectors, by name.
 
         Raises:
-            InputError: the folder is no run's, or the data is no longer there.
+            InputError: if the folder is not that of a run, or its data is no longer there.
         """
         load_run_config(run)
         config = read_config(ControlNetConfig, [f"--config={run / CONFIG}"])
@@ -76,7 +82,7 @@ class ControlTest:
         is_carved = not data.is_toyworld and data.held_out_split is None and data.held_out_data_dir is None
         _, stream = build_streams(data, config.control.conditioning_channels, config.optimization.seed, rendered)
         if count is not None and count != stream.size:
-            if is_carved and count > stream.size:
+            if is_carved and count > (stream.size or 0):
                 raise InputError(f"--images={count}: the run held out {stream.size}; others were trained on")
             config = config.with_values(held_out_images=count)
             build = (config.data, config.control.conditioning_channels, config.optimization.seed, rendered)
@@ -84,8 +90,8 @@ class ControlTest:
         if segmentation_model is not None:
             data = config.with_values(segmentation_model=segmentation_model).data
         detectors = {**build_detectors(data, toy_segments, torch.device("cpu")), **(more or {})}
-        batch = stream.fixed(stream.size)
-        real = [to_image(pixels) for pixels in batch.images[0].pixels]
+        batch = stream.fixed()
+        real = batch.pictures()
         wanted = references(detectors, config.data.control_kind, batch.conditions, real)
         return cls(config, batch, real, detectors, wanted)
 
@@ -94,11 +100,11 @@ class ControlTest:
         return consistency(pictures, self.wanted, self.detectors)
 
     def gallery(self, folder: Path) -> Gallery:
-        """A picture of each sample."""
+        """A folder for one picture of each sample."""
         return Gallery(folder, tuple(self.batch.prompts), 1)
 
     def picture(self, pictures: Sequence[Image.Image], every: int = 1) -> Image.Image:
-        """Control, result and overlay of every `every`-th sample, at most eight in a row."""
+        """A grid of control, result and overlay of every `every`-th sample, at most eight in a row."""
         chosen, rows, captions = list(range(0, len(pictures), every)), [], []
         for start in range(0, len(chosen), SHOWN):
             part = chosen[start : start + SHOWN]
@@ -112,11 +118,17 @@ class ControlTest:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn. None = as in the run.
+    """How the pictures to be scored are drawn.
 
     Attributes:
-        seed: of the noise; steps, guidance_scale: of the denoising; scale: strength of the control; guess_mode: the
-            unconditional half of guidance goes without it; precision: no, bf16 or fp16; batch_size: pictures at once.
+        seed: of the noise.
+        steps: of the denoising. None = as in the run.
+        guidance_scale: of classifier-free guidance. None = as in the run.
+        scale: strength of the control. None = as in the run.
+        guess_mode: whether the unconditional half of guidance goes without the control.
+        precision: of the arithmetic: no, bf16 or fp16.
+        batch_size: pictures that are drawn at a time.
+        device: where the pipeline runs.
     """
 
     seed: int = 0
@@ -129,7 +141,7 @@ class Drawing:
     device: str = "cpu"
 
     def settings(self, config: ControlNetConfig) -> dict[str, Any]:
-        """Arguments of `Gallery.generate`, which also say how pictures were made."""
+        """Arguments of `Gallery.generate`, which are also recorded as how the pictures were made."""
         validation = config.validation
         return {
             "seed": self.seed,
@@ -140,6 +152,7 @@ class Drawing:
         }
 
     def control(self, config: ControlNetConfig) -> dict[str, Any]:
+        """Arguments of the pipeline that say how it heeds the control."""
         scale = config.validation.controlnet_conditioning_scale if self.scale is None else self.scale
         return {"controlnet_conditioning_scale": scale, "guess_mode": self.guess_mode}
 
@@ -147,17 +160,21 @@ class Drawing:
 def draw_control_run(
     run: Path, test: ControlTest, drawing: Drawing, *, every: int = 4, overwrite: bool = False, floor: Path | None
 ) -> dict[str, list[Image.Image]]:
-    """Draw what is missing, into evaluation/ of the run, with a grid of controls, results and overlays.
+    """Draw the pictures that are missing into evaluation/ of the run, with a grid of controls, results and overlays.
 
     Args:
-        every: samples between those that the grid shows; overwrite: remove pictures that were made otherwise.
-        floor: folder of pictures without control, which is what a control has to beat; None = none.
+        run: its folder.
+        test: its held-out samples.
+        drawing: how the pictures are drawn.
+        every: samples from one that the grid shows to the next.
+        overwrite: whether pictures that were made in another way are replaced; otherwise they are an error.
+        floor: folder for pictures without control, which a control has to beat. None = they are not drawn.
 
     Returns:
-        Pictures by control, and those without it.
+        The pictures by control, and those without it, each by its name.
 
     Raises:
-        InputError: the run has not ended, or its pictures were made otherwise.
+        InputError: if the run has not ended, or there are pictures that were made in another way.
     """
     folder, model = run / EVALUATION, test.config.model
     settings, control = drawing.settings(test.config), drawing.control(test.config)
@@ -187,10 +204,15 @@ def draw_control_run(
 
 
 def score_control_run(run: Path, test: ControlTest, pictures: dict[str, list[Image.Image]]) -> list[dict[str, Any]]:
-    """Detect again what pictures show and compare; write tables and scores.json into evaluation/ of the run.
+    """Score pictures by whether they follow their controls; write tables and scores.json into evaluation/ of the run.
+
+    Args:
+        run: its folder.
+        test: its held-out samples.
+        pictures: of these samples, as `draw_control_run` returns them.
 
     Returns:
-        Rows of the table: pictures by control, without control, real ones.
+        The rows of the table: pictures by control, pictures without control, real pictures.
     """
     folder = run / EVALUATION
     found = {kind: test.score(images) for kind, images in {**pictures, REAL: test.real}.items()}

@@ -1,6 +1,6 @@
-"""Where images, controls and captions come from: what gives samples by number, as a list does.
+"""Where images, controls and captions come from: a source gives samples by number, as a list does.
 
-control_folder.py reads folders, control_hub.py what the `datasets` library has.
+folder_source.py reads folders; hub_source.py reads data sets of the `datasets` library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from finetuning.dataset.images import naming, read_picture, verify_picture
 
 
 class Sample(NamedTuple):
-    """An image, its control as an image or an array (None where it is made from the image), and its caption."""
+    """A sample of a source.
+
+    Attributes:
+        image: in RGB.
+        condition: its control, an image or an array. None where the control is made from the image.
+        prompt: its caption.
+    """
 
     image: Image.Image
     condition: Any
@@ -24,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """Samples by number; `size` None = unlimited, such as are rendered and need no check."""
+    """Samples by number. `size` says how many; None = there is no end to them: they are rendered and need no check."""
 
     size: int | None
 
@@ -32,31 +38,32 @@ class Source(Protocol):
 
 
 class StoredSource(Source, Protocol):
-    """Samples that stand somewhere, and may therefore be damaged."""
+    """Samples that are stored, so that they may be damaged."""
 
     def names(self, index: int) -> tuple[str, str]:
-        """What an error calls the image and the control of a sample, so that a user finds them."""
+        """What messages call the image and the control of a sample, so that a user finds them."""
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, str]]:
-        """Where each of these captions is written, and the caption; images are not read.
+        """For each of these samples, where its caption is written, and the caption. Images are not read.
 
         Raises:
-            InputError: captions that are no text.
+            InputError: if a caption is not text; names all of these.
         """
 
     def verify(self, index: int) -> None:
-        """Look at a sample without decoding it.
+        """Check a sample by the headers of its files alone, which is fast.
 
         Raises:
-            InputError: image or control are none, damaged as far as that shows, or not of one size.
+            InputError: if the image or the control is not an image, is damaged as far as its header shows, or if the
+                two have different sizes.
         """
 
 
 def open_condition(path: Path) -> Any:
-    """A control as it was saved, in its own mode and upright; an array from a .npy file.
+    """Read a control in its own mode, upright; or an array from a .npy file.
 
     Raises:
-        InputError: corrupt; names the file.
+        InputError: if the file is corrupt; names it.
     """
     if path.suffix.lower() == ".npy":
         with naming(str(path), "control"):
@@ -65,10 +72,10 @@ def open_condition(path: Path) -> Any:
 
 
 def verify_condition(path: Path) -> tuple[int, int]:
-    """The sides of a control, the shorter one first, from its header.
+    """The sides of a control in pixels, the shorter one first, read from its header.
 
     Raises:
-        InputError: corrupt, as far as that shows; names the file.
+        InputError: if the file is corrupt, as far as its header shows; names it.
     """
     if path.suffix.lower() == ".npy":
         with naming(str(path), "control"):
@@ -80,13 +87,13 @@ def verify_condition(path: Path) -> tuple[int, int]:
 
 
 def sizes_fault(image: str, sides: tuple[int, int], control: str, control_sides: tuple[int, int]) -> str:
-    """What is said of an image and a control of different sizes."""
+    """The message for an image and a control of different sizes."""
     (w, h), (v, u) = sides, control_sides
     return f"{image}: the image has {w}×{h} pixels, {control} {v}×{u}; make them the same"
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """An array that is read when it is used, after a look at whether the file is as long as its header says."""
+    """The array of a .npy file, which is read when it is used. The file must be as long as its header says."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise ValueError("an archive of arrays; save one by np.save")

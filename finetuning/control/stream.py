@@ -1,7 +1,7 @@
 """Streams of images with their controls and captions, and batches of them.
 
-A source gives sample i; a stream decides which sample is seen at which position, crops and mirrors image and control
-alike, and leaves some prompts empty. Positions and batches are those of dataset.py.
+A source gives sample i. A stream decides which sample is seen at which position, crops and mirrors the image and its
+control alike, and leaves some prompts empty. Positions and batches are those of dataset/stream.py.
 """
 
 from __future__ import annotations
@@ -10,27 +10,35 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from PIL import Image
 
 from finetuning.control.conditions import Bands, is_label_map, nearest, read_bands, to_condition
-from finetuning.control.sources import Source, sizes_fault
-from finetuning.dataset.stream import Batch, Batches, ImageBatch, Transform, to_tensor
+from finetuning.control.sources import Source, StoredSource, sizes_fault
+from finetuning.dataset.stream import Batch, Batches, ImageBatch, Transform, to_image, to_tensor
 from finetuning.errors import InputError
 from finetuning.randomness import derived_seed, generator, permutation
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_SAMPLES = 64  # samples that a fingerprint reads
-SHOWN = 20  # faults that are named at once
+SHOWN = 20  # faults that one message names
 
 
 @dataclass
 class ControlBatch(Batch):
-    """Samples with their controls, (B, channels, H, W) in [0, 1]."""
+    """Samples with their controls, `conditions`, (B, channels, H, W) in [0, 1]."""
 
     conditions: torch.Tensor
+
+    def pictures(self) -> list[Image.Image]:
+        """The images of the samples. Impossible where the batch holds moments of latents in their place."""
+        pixels = self.images[0].pixels
+        if pixels is None:
+            raise ValueError("the batch holds latents")
+        return [to_image(image) for image in pixels]
 
 
 @dataclass
@@ -38,13 +46,17 @@ class ControlStream:
     """Samples of a source in their order of training.
 
     Attributes:
-        name: keeps the randomness of several streams apart; source: of the samples; indices: those that are used,
-            None = all, as many as there may be; transform: of the images; channels: of the controls.
-        make: makes the control from the image; None = the source has it. is_label_map: resize controls by nearest
-            neighbours; None = those that are known to be label maps.
-        empty_prompts: share of the samples that are seen without a prompt.
-        moments: by index, those of the views as in ImageStream, the controls of the same views, and the caption;
-            None = read the source.
+        name: keeps the randomness of several streams apart, e.g. "train" and "held out".
+        source: of the samples.
+        transform: crops, resizes and mirrors the images.
+        seed: decides the order, the crops, and which prompts are left empty.
+        indices: of the source's samples that are used. None = all of them.
+        channels: of the controls.
+        make: makes the control from the image. None = the source has controls.
+        is_label_map: whether controls are resized by nearest neighbours. None = those that are known to be label maps.
+        empty_prompts: share of the samples that are seen without a prompt, 0 to 1.
+        moments: what `cache` keeps of each sample, by its index: moments of its views as in ImageStream, the controls
+            of the same views, and the caption. None = samples are read from the source.
     """
 
     name: str
@@ -60,7 +72,7 @@ class ControlStream:
 
     @property
     def size(self) -> int | None:
-        """Samples in an epoch; None = unlimited."""
+        """Samples in an epoch. None = there is no end to them."""
         return self.source.size if self.indices is None else len(self.indices)
 
     def index(self, position: int) -> int:
@@ -72,10 +84,10 @@ class ControlStream:
         return place if self.indices is None else self.indices[place]
 
     def read(self, index: int) -> tuple[Image.Image, Bands, str, Transform]:
-        """Image, bands of the control, caption, and how the control is resized.
+        """Read a sample: its image, the bands of its control, its caption, and the transform of the control.
 
         Raises:
-            InputError: the control does not fit.
+            InputError: if the control has another size or number of channels than it should.
         """
         image, condition, prompt = self.source[index]
         if self.make is not None:
@@ -88,19 +100,19 @@ class ControlStream:
         return image, bands, prompt, nearest(self.transform) if is_map else self.transform
 
     def check(self, count: int = 500, pixels: float = 5e8) -> None:
-        """Find faults of stored samples before training; of rendered ones, read one.
+        """Find faults of stored samples before training. Of rendered ones, only one is looked at.
 
-        The first `count` samples are read, and more until so many pixels have been decoded: 1,900 samples of 512×512,
-        some ten seconds. Of those after them only headers are: the log says of how many, because a file that is
-        damaged further inside is found when it is trained on.
+        The first `count` samples are decoded, and more until so many `pixels` have been: 1,900 samples of 512×512,
+        some ten seconds. Of all others only the headers are read, and the log says of how many: damage further inside
+        a file is found only when it is trained on.
 
         Raises:
-            InputError: naming what is wrong, at most 20 and the number of others.
+            InputError: naming the first 20 faults, and how many more there are.
         """
         if self.source.size is None:
             self.read(self.chosen(1)[0])
             return
-        faults, verified, indices = [], 0, self.chosen(self.size)
+        faults, verified, indices = list[str](), 0, self.chosen()
         for place, index in enumerate(indices):
             try:
                 if place < count or pixels > 0:
@@ -109,7 +121,7 @@ class ControlStream:
                     pixels -= image.width * image.height
                 else:
                     verified += 1
-                    self.source.verify(index)
+                    self._stored.verify(index)
             except InputError as error:
                 faults += error.faults
         if faults:
@@ -122,28 +134,34 @@ class ControlStream:
             )  # fmt: skip
 
     def names(self, index: int) -> tuple[str, str]:
-        """What an error calls the image and the control of a sample."""
+        """What messages call the image and the control of a sample."""
         if self.source.size is None:
             return f"sample {index}", f"the control of sample {index}"
-        return self.source.names(index)
+        return self._stored.names(index)
 
     def captions(self) -> list[tuple[str, str]]:
-        """Where each caption is written, and the caption; of rendered samples, the first few.
+        """Where each caption is written, and the caption. Of rendered samples, the first few.
 
         Raises:
-            InputError: captions that are no text.
+            InputError: if a caption is not text.
         """
         if self.source.size is None:
             return [(f"sample {index}", self.source[index][2]) for index in self.chosen(FINGERPRINT_SAMPLES)]
-        return self.source.captions(self.chosen(self.size))
+        return self._stored.captions(self.chosen())
 
-    def chosen(self, count: int) -> list[int]:
-        """The first samples, in the order of the source."""
-        indices = range(count if self.size is None else self.source.size) if self.indices is None else self.indices
+    def chosen(self, count: int | None = None) -> list[int]:
+        """Indices of the first `count` samples, in the order of the source. None = all of them."""
+        end = count if self.source.size is None else self.source.size
+        indices = range(end or 0) if self.indices is None else self.indices
         return list(indices[:count])
 
+    @property
+    def _stored(self) -> StoredSource:
+        """The source, if there is an end to its samples: these are stored."""
+        return cast(StoredSource, self.source)
+
     def fingerprint(self) -> str:
-        """A short hash of the number of samples, and of some spread over all with controls and captions."""
+        """A short hash of how many samples there are, and of images, controls and captions of some spread over all."""
         digest = hashlib.sha256(str(self.size).encode())
         indices = self.chosen(FINGERPRINT_SAMPLES if self.size is None else self.size)
         for index in indices[:: max(1, len(indices) // FINGERPRINT_SAMPLES)]:
@@ -152,16 +170,19 @@ class ControlStream:
         return digest.hexdigest()[:16]
 
     def is_cacheable(self) -> bool:
-        """Whether there is an end to the samples and none has random crops."""
+        """Whether there is an end to the samples, and none of them is cropped at random."""
         return self.size is not None and all(
-            self.transform.is_cacheable(self.source[index][0].size) for index in self.chosen(self.size)
+            self.transform.is_cacheable(self.source[index][0].size) for index in self.chosen()
         )
 
     def cache(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Keep the moments and controls of every sample, upright and mirrored; `encode` as in ImageStream."""
+        """Encode every sample once, and keep its moments and its control, upright and mirrored.
+
+        encode: maps pixels (B, 3, H, W) in [-1, 1] to moments of their latents, (B, 2, C, h, w).
+        """
         moments = {}
         middle = replace(self.transform, random_flip=False, center_crop=True)
-        for index in self.chosen(self.size):
+        for index in self.chosen():
             image, bands, prompt, resizing = self.read(index)
             views = [to_tensor(middle.crop(image))]
             control = [to_condition(bands, replace(resizing, random_flip=False, center_crop=True), 0)]
@@ -170,9 +191,13 @@ class ControlStream:
             moments[index] = encode(torch.stack(views)).cpu(), torch.stack(control), prompt
         self.moments = moments
 
-    def fixed(self, count: int) -> ControlBatch:
-        """The first `count` samples, as often as needed, uncropped by chance; always the same, for measuring."""
+    def fixed(self, count: int | None = None) -> ControlBatch:
+        """A batch for measuring, which is always the same: the first `count` samples, cropped in the middle.
+
+        If there are fewer samples, they are repeated. None = all of them, once.
+        """
         indices = self.chosen(count)
+        count = len(indices) if count is None else count
         middle = replace(self.transform, center_crop=True, random_flip=False)
         pixels, conditions, prompts = [], [], []
         for index in (indices[i % len(indices)] for i in range(count)):
@@ -184,7 +209,12 @@ class ControlStream:
         return ControlBatch([ImageBatch(pixels=torch.stack(pixels))], prompts, keys, torch.stack(conditions))
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor, str, str]:
-        """Returns pixels or moments, the control, the prompt, and the key of the sample's randomness."""
+        """The sample at a position.
+
+        Returns:
+            Pixels (3, H, W) or moments (2, C, h, w); the control (channels, H, W); the prompt; and the key that, with
+            the seed, decides everything random about the sample.
+        """
         index, key = self.index(position), f"{self.name}/{position}"
         chance = (self.seed, "transform", key)
         if self.moments is None:
@@ -206,12 +236,13 @@ class ControlBatches(Batches):
     def __getitem__(self, number: int) -> ControlBatch:
         (stream,) = self.streams
         rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
-        views, conditions = (torch.stack([row[i] for row in rows]) for i in (0, 1))
-        images = ImageBatch(pixels=views) if stream.moments is None else ImageBatch(moments=views)
-        return ControlBatch([images], [row[2] for row in rows], [row[3] for row in rows], conditions)
+        views, conditions, prompts, keys = zip(*rows)
+        stack = torch.stack(views)
+        images = ImageBatch(pixels=stack) if stream.moments is None else ImageBatch(moments=stack)
+        return ControlBatch([images], list(prompts), list(keys), torch.stack(conditions))
 
 
 def split_off_held_out(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out, `count` of `size` chosen by the seed, both in order."""
+    """Hold out `count` of `size` samples, chosen by the seed; returns indices to train on and indices held out."""
     order = permutation(size, seed, "held out", 0)
     return sorted(order[count:]), sorted(order[:count])

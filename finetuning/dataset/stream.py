@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -51,6 +52,14 @@ class ImageBatch:
 
     pixels: torch.Tensor | None = None
     moments: torch.Tensor | None = None
+
+    def encoded(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The moments (B, 2, C, h, w): those that are there, or what `encode` makes of the pixels."""
+        if self.moments is not None:
+            return self.moments
+        if self.pixels is None:
+            raise ValueError("a batch of images has neither pixels nor moments")
+        return encode(self.pixels)
 
 
 @dataclass
@@ -157,7 +166,7 @@ class ImageStream:
 class Batches(torch.utils.data.Dataset):
     """Batches by their numbers: batch j holds the positions [j·size, (j+1)·size) of each stream."""
 
-    def __init__(self, streams: Sequence[ImageStream], size: int) -> None:
+    def __init__(self, streams: Sequence[Any], size: int) -> None:  # ImageStreams, or streams of a trainer's own
         self.streams, self.size = list(streams), size
 
     def __getitem__(self, number: int) -> Batch:

@@ -11,7 +11,7 @@ from finetuning.adapters.adapter import Adapter
 from finetuning.builders import build_sampler
 from finetuning.dataset.captions import read_prompt
 from finetuning.dataset.stream import ImageStream, Transform, find_examples, open_image, read_prompts
-from finetuning.dreambooth.before_after import before_and_after, without_adapters
+from finetuning.dreambooth.before_after import Draw, before_and_after, without_adapters
 from finetuning.dreambooth.prior import check_class_images, class_image_stream, photos_under_class_prompts
 from finetuning.errors import InputError
 from finetuning.models.loading import load_stable_diffusion
@@ -20,6 +20,7 @@ from finetuning.pictures.sampler import Sampler
 from finetuning.run.processes import DTYPES
 from finetuning.run.run import Run
 from finetuning.settings.dreambooth import DreamBoothConfig, PriorSettings
+from finetuning.settings.types import required
 
 
 def with_prompts_read(config: DreamBoothConfig) -> DreamBoothConfig:
@@ -29,7 +30,9 @@ def with_prompts_read(config: DreamBoothConfig) -> DreamBoothConfig:
         InputError: if a file of prompts is missing, empty, or not readable.
     """
     return config.with_values(
-        instance_prompt=read_prompt(config.subject.instance_prompt, "--instance_prompt"),
+        instance_prompt=read_prompt(
+            required(config.subject.instance_prompt, "--instance_prompt"), "--instance_prompt"
+        ),
         class_prompt=read_prompts(config.prior.class_prompt, "--class_prompt"),
         validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
         base_prompt=read_prompts(config.validation.base_prompt, "--base_prompt"),
@@ -38,11 +41,10 @@ def with_prompts_read(config: DreamBoothConfig) -> DreamBoothConfig:
 
 def build_samplers(base: StableDiffusion, config: DreamBoothConfig) -> tuple[Sampler, Sampler]:
     """What draws validation pictures, and what draws class images: they may differ in precision."""
-    common = config.model.mixed_precision
+    common = required(config.model.mixed_precision, "--mixed_precision")
+    resolution = required(config.data.resolution, "--resolution")
     drawing, of_class = (
-        build_sampler(
-            base, config.validation, config.data.resolution, config.prior.sample_batch_size, DTYPES[precision]
-        )
+        build_sampler(base, config.validation, resolution, config.prior.sample_batch_size, DTYPES[precision])
         for precision in (common, config.prior.precision or common)
     )
     return drawing, of_class
@@ -55,15 +57,15 @@ def build_photos(config: DreamBoothConfig) -> tuple[ImageStream, ImageStream]:
         InputError: if a folder is missing or holds no images, or an image is corrupt; it names all corrupt ones.
     """
     data, subject = config.data, config.subject
+    prompt = required(subject.instance_prompt, "--instance_prompt")
+    transform = Transform(required(data.resolution, "--resolution"), data.center_crop, data.random_flip)
 
     def stream(folder: str, flag: str) -> ImageStream:
-        examples = find_examples(folder, subject.instance_prompt, flag)
-        transform = Transform(data.resolution, data.center_crop, data.random_flip)
-        found = ImageStream("instance", examples, transform, config.optimization.seed)
+        found = ImageStream("instance", find_examples(folder, prompt, flag), transform, config.optimization.seed)
         found.check()
         return found
 
-    photos = stream(subject.instance_data_dir, "--instance_data_dir")
+    photos = stream(required(subject.instance_data_dir, "--instance_data_dir"), "--instance_data_dir")
     if data.cache_latents and not photos.is_cacheable():
         raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
     if subject.held_out_data_dir is None:
@@ -93,7 +95,7 @@ def check_images_and_prompts(
     for flag, texts in prompts.items():
         base.check_prompts(texts, flag)
     if prior.uses_images:
-        folder, seed = Path(prior.class_data_dir), config.optimization.seed
+        folder, seed = Path(required(prior.class_data_dir, "--class_data_dir")), config.optimization.seed
         examples += check_class_images(
             folder, prior.class_prompt, prior.num_class_images, sampler=class_sampler, seed=seed
         )
@@ -108,7 +110,7 @@ def build_class_stream(
     if settings.uses_teacher:
         return photos_under_class_prompts(photos, settings.class_prompt)
     return class_image_stream(
-        Path(settings.class_data_dir),
+        Path(required(settings.class_data_dir, "--class_data_dir")),
         settings.class_prompt,
         settings.num_class_images,
         photos.transform,
@@ -127,17 +129,17 @@ def draw_comparison(
     The base model draws the row of before: with its adapters switched off, or loaded again where all of its weights
     were trained.
     """
-    model, validation, resolution = config.model, config.validation, config.data.resolution
+    model, validation = config.model, config.validation
     if not validation.validation_prompt:
         return None
     if config.adapter.kind == "full":
         name = model.pretrained_model_name_or_path
         base = load_stable_diffusion(name, model.revision, model.variant, model.tokenizer_name)
         base.freeze(run.dtype, run.device)
-        draw_base = sampler.of(base)
+        draw_base: Draw = sampler.of(base)
     else:
         draw_base = without_adapters(sampler, adapters.values())
-    crop = Transform(resolution, center_crop=True).crop
+    crop = Transform(sampler.resolution, center_crop=True).crop
     return before_and_after(
         sampler,
         draw_base,

@@ -8,22 +8,32 @@ from finetuning.files import write
 from finetuning.publishing.model_card import model_card, parameter_rows
 from finetuning.run_folder import CARD
 from finetuning.settings.dreambooth import DreamBoothConfig
+from finetuning.settings.types import required
 from finetuning.training.training import Training
 
 
 def write_card(folder: Path, config: DreamBoothConfig, base: str, training: Training, picture: Path | None) -> None:
-    """What was trained, on what, how to use it. base: name of the base model; picture: of before and after."""
+    """Write the card: what was trained, on what, and how to use it.
+
+    Args:
+        folder: the run's output folder.
+        config: the run's settings.
+        base: name of the base model.
+        training: of the run, at its end.
+        picture: of before and after, in the folder. None = there is none.
+    """
+    prompt = required(config.subject.instance_prompt, "--instance_prompt")
     card = model_card(
-        title=config.subject.instance_prompt,
+        title=prompt,
         base=base,
         kind=config.adapter.kind,
         folder=str(folder),
-        prompt=config.subject.instance_prompt,
+        prompt=prompt,
         facts={
             "method": config.adapter.kind,
             **parameter_rows(config, numbers=training.count(), steps=training.number, batch=training.total_batch),
         },
-        picture=picture and picture.name,
+        picture=picture.name if picture else None,
         prompts=config.validation.validation_prompt,
         with_text_encoder="text_encoder" in training.adapters,
         stock_peft=config.adapter.boft_n_butterfly_factor == 1,

@@ -116,7 +116,7 @@ def find_subject_phrase(
     """
     said = instance_prompt.split()
     if class_word is None:
-        other, common = (class_prompts[0].split() if class_prompts else []), []
+        other, common = class_prompts[0].split() if class_prompts else [], list[str]()
         while len(common) < min(len(said), len(other)) and said[-1 - len(common)] == other[-1 - len(common)]:
             common.insert(0, said[-1 - len(common)])
         class_word = " ".join(common)

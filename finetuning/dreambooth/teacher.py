@@ -1,4 +1,4 @@
-"""The frozen base as the target of the prior loss, in the place of class images."""
+"""The frozen base model as the teacher of the prior loss, which then needs no class images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from finetuning.modes import evaluating
 
 
 class Teacher:
-    """What the base model predicts for the class prompts, whatever has been learnt since.
+    """Predicts what the base model would predict for the prompts of the class, however far training has gone.
 
     Args:
-        base: still untrained; prompts: all that it will be asked.
-        is_changed: whether training changes the base's own weights; then a copy of the denoiser is kept, which costs
+        base: the model, before the first step.
+        prompts: all prompts that it will be asked for.
+        is_changed: whether training changes the base's own weights. If so, a copy of the denoiser is kept, which costs
             its memory. Otherwise the adapters are switched off for the time of a prediction.
     """
 
@@ -31,7 +32,14 @@ class Teacher:
     def __call__(
         self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str], adapters: Iterable[Adapter]
     ) -> torch.Tensor:
-        """The prediction (N, C, h, w), float32. x_t: (N, C, h, w); t: (N,); adapters: those that are switched off."""
+        """The prediction, (N, C, h, w) in float32.
+
+        Args:
+            x_t: noised latents, (N, C, h, w).
+            t: their times, (N,).
+            prompts: of the class, N.
+            adapters: on the base; they are switched off while it predicts.
+        """
         condition = self.base.condition([self.texts[prompt] for prompt in prompts])
         with disabled(adapters), evaluating(self.denoiser):
             return self.base.predict(self.denoiser, x_t, t, condition).float()

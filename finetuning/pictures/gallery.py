@@ -95,7 +95,7 @@ class Gallery:
         precision: torch.dtype = torch.float32,
         conditions: torch.Tensor | None = None,
         control: Mapping[str, Any] = MappingProxyType({}),
-        advance: Callable[[int], None] = lambda n: None,
+        advance: Callable[[int], object] = lambda n: None,
     ) -> None:
         """Draw the pictures that are missing.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
-from finetuning.settings.fields import Config, Group, setting
+from finetuning.settings.fields import Group, setting
 from finetuning.settings.shared import (
     AverageSettings,
     CheckpointSettings,
@@ -20,6 +20,7 @@ from finetuning.settings.shared import (
     ObjectiveSettings,
     OptimizationSettings,
     TrackerSettings,
+    TrainerConfig,
     ValidationSettings,
 )
 
@@ -228,7 +229,7 @@ class ControlValidationSettings(ValidationSettings):
 
 
 @dataclass
-class ControlNetConfig(Config):
+class ControlNetConfig(TrainerConfig):
     """Everything that train_controlnet.py can be told."""
 
     model: ModelSettings

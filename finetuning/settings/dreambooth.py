@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
-from finetuning.settings.fields import Config, Group, setting, show
+from finetuning.settings.fields import Group, setting, show
 from finetuning.settings.shared import (
     AverageSettings,
     CheckpointSettings,
@@ -16,6 +16,7 @@ from finetuning.settings.shared import (
     ObjectiveSettings,
     OptimizationSettings,
     TrackerSettings,
+    TrainerConfig,
     ValidationSettings,
 )
 
@@ -132,7 +133,7 @@ class DreamBoothValidationSettings(ValidationSettings):
 
 
 @dataclass
-class DreamBoothConfig(Config):
+class DreamBoothConfig(TrainerConfig):
     """Everything that train_dreambooth.py can be told."""
 
     model: ModelSettings

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 from finetuning.run_folder import LOGS
 from finetuning.settings import folders
 from finetuning.settings.adapter import AdapterSettings
-from finetuning.settings.fields import Group, setting
+from finetuning.settings.fields import Config, Group, setting
 
-T = TypeVar("T")
 EMBEDDED_BASE = str(Path(__file__).resolve().parents[2] / "data" / "toyworld" / "base")
 
 SCHEDULES = (
@@ -276,38 +274,15 @@ class TrackerSettings(Group):
                 yield f"--{name}{shown}: has no effect without --push_to_hub; add it or drop this flag"
 
 
-class TrainerConfig(Protocol):
+class TrainerConfig(Config):
     """The groups that the settings of all trainers have; a trainer may have subclasses of them."""
 
-    @property
-    def model(self) -> ModelSettings: ...
-
-    @property
-    def data(self) -> DataSettings: ...
-
-    @property
-    def adapter(self) -> AdapterSettings: ...
-
-    @property
-    def optimization(self) -> OptimizationSettings: ...
-
-    @property
-    def averages(self) -> AverageSettings: ...
-
-    @property
-    def objective(self) -> ObjectiveSettings: ...
-
-    @property
-    def checkpoints(self) -> CheckpointSettings: ...
-
-    @property
-    def validation(self) -> ValidationSettings: ...
-
-    @property
-    def tracking(self) -> TrackerSettings: ...
-
-    def save(self, path: Path) -> None: ...
-
-    def as_dict(self, *, secrets: bool = False) -> dict[str, Any]: ...
-
-    def with_values(self: T, **values: Any) -> T: ...
+    model: ModelSettings
+    data: DataSettings
+    adapter: AdapterSettings
+    optimization: OptimizationSettings
+    averages: AverageSettings
+    objective: ObjectiveSettings
+    checkpoints: CheckpointSettings
+    validation: ValidationSettings
+    tracking: TrackerSettings

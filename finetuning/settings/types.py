@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from finetuning.settings.folders import expanded
+
+T = TypeVar("T")
+
+
+def required(value: T | None, flag: str) -> T:
+    """A setting that a user may leave out, and that is known here because it was checked or resolved before."""
+    if value is None:
+        raise ValueError(f"{flag} is still to be resolved")
+    return value
 
 
 def convert(kind: Any, value: Any) -> Any:

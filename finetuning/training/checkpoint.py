@@ -1,18 +1,14 @@
-"""Folders that are complete or absent.
+"""The checkpoints of a run: writing them, finding the one to resume from, and clearing the folder before a new run.
 
-A folder is written beside its place, its files are listed with their hashes, everything is synced to the disk, and one
-rename makes it appear. Old checkpoints go only after the new one stands. Whoever reads checks the list.
+A checkpoint is complete or absent, see complete_folder.py. Old ones are removed only after the new one is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +17,12 @@ from typing import Any, Protocol
 import torch
 from diffusers import DiffusionPipeline
 
-from finetuning.errors import DISK_FULL, InputError, RunError
+from finetuning.errors import DISK_FULL, InputError
 from finetuning.run_folder import (
     CONFIG,
     LOGS,
     MANIFEST,
     STATE,
-    foreign_file_in,
     foreign_files_in,
     judged_in,
     logged_in,
@@ -37,24 +32,28 @@ from finetuning.run_folder import (
 )
 from finetuning.settings.folders import is_same
 from finetuning.settings.yaml_file import read_yaml
+from finetuning.training.complete_folder import (
+    UNFINISHED,
+    SaveError,
+    damage,
+    is_checkpoint,
+    remove_folder,
+    write_folder,
+)
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = ".saving-"
 FLAG = "--resume_from_checkpoint"
 
 
 class Writable(Protocol):
-    """What a checkpoint is made of."""
+    """A state that can be written into a checkpoint."""
 
-    def write(self, folder: Path, step: int) -> None: ...
+    def write(self, folder: Path, step: int) -> None:
+        """Write the state after this optimizer step into a folder."""
 
     def size(self) -> int:
-        """Bytes that it will write, about."""
-
-
-class SaveError(RunError):
-    """A checkpoint could not be written; what stood before still stands."""
+        """About how many bytes `write` takes."""
 
 
 @dataclass
@@ -62,8 +61,9 @@ class Checkpoints:
     """The checkpoint-N folders of a run.
 
     Attributes:
-        folder: the run's output folder; limit: newest ones kept, None = all.
-        is_replaced: whether what another run has left in the folder goes before this one begins.
+        folder: the run's output folder.
+        limit: how many of the newest checkpoints are kept. None = all.
+        is_replaced: whether what another run has left in the folder is removed before this one begins.
     """
 
     folder: Path
@@ -71,29 +71,33 @@ class Checkpoints:
     is_replaced: bool = False
 
     def all(self) -> list[Path]:
-        """Those that stand, oldest first, complete or not."""
+        """The checkpoints that are there, complete or not, oldest first."""
         if not self.folder.is_dir():
             return []
         found = [p for p in self.folder.iterdir() if is_checkpoint(p) and p.is_dir()]
         return sorted(found, key=step_of)
 
     def save(self, step: int, state: Writable) -> Path:
-        """Let `state` fill a folder, make it checkpoint-`step`, then remove the oldest above the limit.
+        """Write checkpoint-`step`, then remove the oldest ones above the limit.
 
         Raises:
-            SaveError: the disk is full, or the folder cannot be written; nothing that existed is lost.
+            SaveError: if the disk is full or the folder cannot be written; nothing that existed is lost.
         """
         path = self.folder / f"checkpoint-{step}"
         with self.reporting_newest(step):
             write_folder(path, lambda folder: state.write(folder, step), state.size())
         if self.limit is not None:  # later ones, from before a resume, may be damaged and do not count
             for old in [p for p in self.all() if step_of(p) <= step][: -self.limit]:
-                _remove(old)
+                remove_folder(old)
         return path
 
     @contextmanager
-    def reporting_newest(self, step: int):
-        """What cannot be saved inside is an error that says which checkpoint, of this step at most, stands."""
+    def reporting_newest(self, step: int) -> Iterator[None]:
+        """A failed save inside the block raises an error that names the newest checkpoint up to this step.
+
+        Raises:
+            SaveError: in the place of an error that says that the disk is full, or that a folder cannot be written.
+        """
         try:
             yield
         except (SaveError, OSError) as error:
@@ -113,13 +117,13 @@ class Checkpoints:
         """
         if is_new or self.is_replaced:
             for path in self.all():
-                _remove(path)
+                remove_folder(path)
         if self.is_replaced:
             results = [self.folder / name for name in results_in(self.folder)]
             logs = logged_in(self.folder, _logging_dir(self.folder)) if is_new else []
             for path in [*results, *judged_in(self.folder), *logs]:
                 if path.is_dir() and not path.is_symlink():
-                    _remove(path)
+                    remove_folder(path)
                 else:
                     path.unlink()
                 _remove_empty(path.parent, self.folder)
@@ -127,12 +131,15 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def choose(self, name: str | None, overwrite: bool = False) -> Path | None:
-        """The one to resume from; None = start anew, for which the folder must hold no run or be overwritten.
+        """The checkpoint to resume from, or None to start from the beginning. Nothing is removed yet, see `begin`.
 
-        Nothing is removed yet, see `begin`.
+        Args:
+            name: --resume_from_checkpoint, see `find`. None = start from the beginning.
+            overwrite: whether the run may replace what another run has left in the folder.
 
         Raises:
-            InputError: as `find`; or a new run would mix with what stands, or remove what no run has put there.
+            InputError: as `find` does; or if the run would mix with what another one has left and may not replace it;
+                or if it would remove what no run has put there.
         """
         found = None if name is None else self.find(name)
         others = [path.name for path in self.all() if not _is_ours(path)]
@@ -166,12 +173,13 @@ class Checkpoints:
         return found
 
     def find(self, name: str) -> Path | None:
-        """The checkpoint meant by a path, a bare name, or `latest`, the newest intact one (None if there is none).
+        """The checkpoint that a path, a bare name checkpoint-N, or `latest` means.
 
-        What a killed process left half-written or half-removed is no checkpoint, see `write_folder` and `_remove`.
+        `latest` is the newest intact one, or None if there is none at all.
 
         Raises:
-            InputError: the one named is not there or damaged; or all are, of which `latest` would lose what is left.
+            InputError: if the named checkpoint is missing or damaged; or if there are checkpoints and all are damaged,
+                because `latest` would then start from the beginning and remove what is left of them.
         """
         if name == "latest":
             faults = []
@@ -198,69 +206,14 @@ class Checkpoints:
         return path
 
 
-def is_checkpoint(path: Path) -> bool:
-    """By its name."""
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
-
-
 def _is_ours(checkpoint: Path) -> bool:
-    """Also of a damaged one; other trainers have folders of that name, too."""
+    """Whether a checkpoint, perhaps a damaged one, is of this trainer: others have folders of that name, too."""
     return any((checkpoint / name).exists() for name in (MANIFEST, STATE)) or not any(checkpoint.iterdir())
 
 
 def step_of(path: Path) -> int:
     """The N of checkpoint-N."""
     return int(path.name.rpartition("-")[2])
-
-
-def write_folder(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
-    """Make `path` a folder filled by `write`, complete or not at all; one that stood there is replaced.
-
-    size: bytes that this takes, about; without room for them nothing is begun.
-
-    Raises:
-        SaveError: it cannot be written, or holds what this has not put there.
-    """
-    if path.exists() and not is_checkpoint(path) and (stranger := foreign_file_in(path)):
-        raise SaveError(f"{path} is not written: {stranger} stands there, which no run has put there; move it")
-    free = shutil.disk_usage(_existing(path)).free
-    if free < size:
-        raise SaveError(f"{path} is not written: about {_shown(size)} are needed, {_shown(free)} are free on the disk")
-    unfinished = path.with_name(f"{UNFINISHED}{path.name.replace('checkpoint-', '')}")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        (unfinished / MANIFEST).write_text(json.dumps(_listing(unfinished), indent=1) + "\n", encoding="utf-8")
-        for file in (p for p in unfinished.rglob("*") if p.is_file()):
-            _sync(file)
-        _sync(unfinished)
-    except Exception as error:  # OSError, or what a library makes of it
-        written = sum(p.stat().st_size for p in unfinished.rglob("*") if p.is_file()) if unfinished.exists() else 0
-        free = shutil.disk_usage(_existing(path)).free
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveError(
-            f"{path} could not be written ({error}): more than {_shown(max(size, written))} are needed, "
-            f"{_shown(free)} are free on the disk"
-        ) from error
-    replaced = _set_aside(path) if path.exists() else None
-    unfinished.rename(path)
-    _sync(path.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder in one step: a process that is killed meanwhile leaves no checkpoint with half of its files."""
-    shutil.rmtree(_set_aside(path))
-
-
-def _set_aside(path: Path) -> Path:
-    """Give a folder the name of something unfinished."""
-    aside = path.with_name(f"{UNFINISHED}old-{path.name.replace('checkpoint-', '')}")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    return aside
 
 
 def _remove_empty(path: Path, end: Path) -> None:
@@ -281,10 +234,10 @@ def _logging_dir(run: Path) -> str:
 
 
 def write_pipeline(path: Path, pipeline: DiffusionPipeline) -> None:
-    """A whole pipeline in diffusers' format: each part complete or absent, the index of them last.
+    """Write a whole pipeline in diffusers' format: each part complete or absent, and the index of them last.
 
     Raises:
-        SaveError: a part cannot be written.
+        SaveError: if a part cannot be written.
     """
     for name, part in pipeline.components.items():
         if part is not None:
@@ -293,36 +246,17 @@ def write_pipeline(path: Path, pipeline: DiffusionPipeline) -> None:
     pipeline.save_config(path)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a folder that `write_folder` made, or None."""
-    try:
-        listing = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, (size, digest) in listing.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if _hash(file) != digest:
-                return f"{name} is damaged"
-    except OSError:
-        return f"{MANIFEST} is missing, so it is incomplete"
-    except (ValueError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    return None
-
-
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Optimizer, schedule and counters, as tensors and plain values."""
+    """Write a state of tensors and plain values, e.g. of the optimizer, into the folder of a checkpoint."""
     with open(folder / STATE, "wb") as file:
         torch.save(state, file)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote; nothing in the file is executed.
+    """Read what `save_state` wrote. No code in the file is executed.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: if it cannot be read.
     """
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
@@ -330,43 +264,6 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"{FLAG}: {folder / STATE} cannot be read ({error})") from error
 
 
-def _listing(folder: Path) -> dict[str, tuple[int, str]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): (p.stat().st_size, _hash(p)) for p in files}
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have what is in a file, or the names that are in a folder, written to the disk."""
-    if path.is_dir():
-        if not hasattr(os, "O_DIRECTORY"):
-            return  # Windows cannot open folders, and writes their names by itself
-        handle = os.open(path, os.O_RDONLY)
-    else:
-        handle = os.open(path, os.O_RDWR)  # Windows syncs no file that is open for reading only
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def shown(names: Sequence[str]) -> str:
-    """The first of many names."""
+    """The first four of many names, for a message."""
     return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
-
-
-def _shown(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from finetuning.errors import InputError
 
-RATE = "rate"  # key of a parameter group: what its learning rate is called in the log
+RATE_NAME = "rate"  # key of a parameter group: the name under which its learning rate is logged
 
 
 def make_optimizer(
-    groups: list[dict], *, betas: tuple[float, float], epsilon: float, eight_bit: bool = False
+    groups: list[dict[str, Any]], *, betas: tuple[float, float], epsilon: float, eight_bit: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over parameter groups that carry their own rate and weight decay.
+    """AdamW over groups of parameters, each with its own learning rate and weight decay.
 
-    The fused one, in one pass: on a CPU the usual one spends its time between the many small tensors of an adapter, on
-    a GPU it allocates as much again for what is in between.
+    It is torch's fused one: the plain one spends its time on a CPU between the many small tensors of an adapter, and
+    on a GPU it allocates the memory of all parameters once more for what it computes on the way.
+
+    Args:
+        groups: of parameters, in torch's form.
+        betas, epsilon: AdamW's.
+        eight_bit: whether bitsandbytes keeps the optimizer's state in 8 bits.
 
     Raises:
-        InputError: 8-bit state is asked for without bitsandbytes.
+        InputError: if 8-bit state is asked for and bitsandbytes is not installed.
     """
     if not eight_bit:
         return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
@@ -40,7 +47,17 @@ def make_schedule(
     cycles: int = 1,
     power: float = 1.0,
 ) -> LRScheduler:
-    """A schedule that is stepped once per optimizer step, whatever the accumulation or the number of processes."""
+    """One of diffusers' schedules of the learning rate.
+
+    It is stepped once in each optimizer step, whatever the accumulation or the number of processes.
+
+    Args:
+        name: of the schedule, e.g. "cosine".
+        steps: optimizer steps of the whole run.
+        warmup_steps: optimizer steps in which the rate rises from 0.
+        cycles: restarts of cosine_with_restarts.
+        power: of polynomial.
+    """
     return get_scheduler(
         name,
         optimizer,
@@ -52,8 +69,8 @@ def make_schedule(
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rates of the next step by the names under which they are logged: `learning_rate` is --learning_rate's."""
+    """The rates of the next step, by the names under which they are logged."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
-        rates.setdefault(group.get(RATE, "learning_rate"), group["lr"])
+        rates.setdefault(group.get(RATE_NAME, "learning_rate"), group["lr"])
     return rates

@@ -1,6 +1,6 @@
-"""Everything that a training step changes, in one object that can be written down and read back.
+"""Everything that a training step changes, in one object that can be written to a checkpoint and read back.
 
-Randomness is not part of it: it follows from the seed and the position, see randomness.py.
+No state of random numbers is part of it: they follow from the seed and the position, see randomness.py.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from finetuning.training.checkpoint import load_state, save_state
 
 @dataclass
 class TrainingState:
-    """Adapters, optimizer, schedule, and what they belong to.
+    """Adapters, optimizer and schedule, and what they belong to: settings, base model and data.
 
     Attributes:
         adapters: what is trained, by the name of its module, e.g. "unet".
-        config: of the run; total_batch: samples in an optimizer step.
-        weights, data: fingerprints of base model and data, which count rather than the names of their folders.
-        data_flag: names the data, e.g. --instance_data_dir.
-        scaler: of float16 training, averages: of the weights; or None.
+        optimizer, schedule: of their parameters.
+        config: settings of the run, with which a checkpoint's are compared.
+        weights: fingerprint of the base model, which is compared rather than the name of its folder.
+        data: fingerprint of the images and captions, likewise.
+        data_flag: the flag that names the data, e.g. --instance_data_dir, for messages.
+        total_batch: samples in an optimizer step, over all batches and processes.
+        scaler: of float16 training. None in other precisions.
+        averages: of the weights. None if the run keeps none.
     """
 
     adapters: dict[str, Adapter]
@@ -48,12 +52,12 @@ class TrainingState:
     averages: Averages | None = None
 
     def size(self) -> int:
-        """Bytes of a checkpoint, about: its tensors."""
+        """About how many bytes a checkpoint takes: those of its tensors."""
         states = [self.optimizer.state_dict(), self.averages.state_dict() if self.averages else {}]
         return sum(a.size() for a in self.adapters.values()) + sum(t.nbytes for s in states for t in tensors_in(s))
 
     def write(self, folder: Path, step: int) -> None:
-        """Adapters or models in their libraries' formats, and the rest beside them."""
+        """Write the state after an optimizer step: the adapters in peft's format, and the rest in one file."""
         for name, adapter in self.adapters.items():
             adapter.save(folder / name)
         self.config.save(folder / CONFIG)
@@ -71,13 +75,15 @@ class TrainingState:
         save_state(folder, state)
 
     def read(self, folder: Path, last_step: int, may_change: tuple[str, ...] = ()) -> int:
-        """Go back to a checkpoint; returns its step.
+        """Take the state of a checkpoint; returns the optimizer step that it was written after.
 
         Args:
-            last_step: of the run now; may_change: settings that may differ from the checkpoint's.
+            folder: the checkpoint.
+            last_step: the last optimizer step of the run as it is started now.
+            may_change: settings that may differ from the checkpoint's, beside those that are declared so.
 
         Raises:
-            InputError: it is damaged, or belongs to another run; lists all differences.
+            InputError: if the checkpoint is damaged or belongs to another run; lists all differences.
         """
         state = load_state(folder)
         try:
@@ -96,8 +102,12 @@ class TrainingState:
         return state["step"]
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Optimizer, schedule, scaler and averages; raises ValueError if they were not made by such ones."""
-        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "averages": self.averages}
+        """Take the state of optimizer, schedule, scaler and averages.
+
+        Raises:
+            ValueError: if the state was made by others than these, or holds numbers that are not finite.
+        """
+        parts: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.schedule, "averages": self.averages}
         if state["scaler"] is not None:
             parts["scaler"] = self.scaler
         for name, part in parts.items():
@@ -105,7 +115,7 @@ class TrainingState:
                 continue
             own = part.state_dict()
             compared = {"param_groups": own["param_groups"]} if name == "optimizer" else own  # it has no moments yet
-            if not is_like(state[name], compared):
+            if not has_form_of(state[name], compared):
                 raise ValueError(f"its {name} is of another form")
             part.load_state_dict(state[name])
         if self.schedule.last_epoch != state["step"]:
@@ -118,14 +128,15 @@ class TrainingState:
                 raise ValueError("its optimizer holds numbers that are not finite")
 
     def _check(self, state: dict[str, Any], folder: Path, last_step: int, may_change: tuple[str, ...]) -> None:
-        replaced = (  # by the product of the three sizes of a batch, by fingerprints, by the record of class images
+        """Raises InputError with everything in which the run differs from that of the checkpoint."""
+        compared_otherwise = (  # by total_batch, by fingerprints, by the record beside class images
             "train_batch_size", "gradient_accumulation_steps", "pretrained_model_name_or_path", "variant",
             "instance_data_dir", "train_data_dir", "class_data_dir",
         )  # fmt: skip
         step, named = state["step"], re.fullmatch(r"checkpoint-(\d+)", folder.name)
         if type(step) is not int or step < 0 or (named and step != int(named[1])):
             raise ValueError(f"it says that it is of step {step!r:.20}")
-        faults = contradictions(state["config"], self.config, (*replaced, *may_change))
+        faults = contradictions(state["config"], self.config, (*compared_otherwise, *may_change))
         if not self.weights.matches(state["weights"]):
             faults.append("--pretrained_model_name_or_path: the checkpoint belongs to another base model")
         if state["data"] != self.data:
@@ -142,7 +153,7 @@ class TrainingState:
 
 
 def tensors_in(state: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a state_dict, however deep."""
+    """All tensors of a state_dict, at any depth."""
     if isinstance(state, torch.Tensor):
         yield state
     elif isinstance(state, (dict, list, tuple)):
@@ -150,18 +161,18 @@ def tensors_in(state: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(value)
 
 
-def is_like(found: Any, own: Any) -> bool:
-    """Whether a part of a state has the form of one's own: its keys, lengths, shapes and kinds of values.
+def has_form_of(found: Any, own: Any) -> bool:
+    """Whether a part of a state that was read has the same lengths, shapes and kinds of values as one's own.
 
-    Keys that only one of them has are passed over, since libraries add some from version to version.
+    Keys that only one of the two has are ignored, because libraries add some from version to version.
     """
     if isinstance(own, dict):
         return isinstance(found, dict) and all(
-            is_like(found[key], value) for key, value in own.items() if key in found
+            has_form_of(found[key], value) for key, value in own.items() if key in found
         )
     if isinstance(own, (list, tuple)):
         is_list = isinstance(found, (list, tuple)) and len(found) == len(own)
-        return is_list and all(map(is_like, found, own))
+        return is_list and all(map(has_form_of, found, own))
     if isinstance(own, torch.Tensor):
         return isinstance(found, torch.Tensor) and found.shape == own.shape
     if own is None or isinstance(own, bool):

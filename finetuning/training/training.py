@@ -19,21 +19,22 @@ from finetuning.modes import evaluating
 from finetuning.run.clock import Clock
 from finetuning.run.run import Run
 from finetuning.training.averages import applied
-from finetuning.training.checkpoint import Checkpoints, write_folder
+from finetuning.training.checkpoint import Checkpoints
+from finetuning.training.complete_folder import write_folder
 from finetuning.training.encoding import Encoding
 from finetuning.training.optimizer import learning_rates
 from finetuning.training.state import TrainingState
 
-RARE = 50  # steps between numbers of the log that take long to compute
+SLOW_METRICS_EVERY = 50  # steps between logged numbers that take long to compute
 
 
 @dataclass
 class Losses:
-    """What a batch costs, each a tensor without dimensions.
+    """The losses of a batch, each a tensor without dimensions.
 
     Attributes:
-        total: what is minimized.
-        parts: what it is made of, by name, for the log.
+        total: the loss that is minimized.
+        parts: the losses that it is made of, by the names under which they are logged.
     """
 
     total: torch.Tensor
@@ -41,30 +42,35 @@ class Losses:
 
 
 class Watcher(Protocol):
-    """A tool that measures training: it is told when a step begins and when it has ended."""
+    """A tool that measures training. It is told when each optimizer step begins and ends."""
 
     def begins(self, step: int) -> None:
-        """Called before anything of the step is done; the step waits until this returns."""
+        """Called before the step does anything. The step waits until this returns."""
 
     def ends(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Called when all of the step is done. seconds: of each phase, see `Clock`."""
+        """Called when the step has done everything. `seconds`: what each phase took, see `Clock`."""
 
 
 class Training:
-    """Adapters on a base model, and everything that a step changes.
+    """Trains adapters on a frozen base model; a trainer has one and gives it the losses of its batches.
 
     Args:
-        run: the processes; base: the frozen model.
-        state: everything that a step changes: adapters by the names of their modules (a part of the base, or a module
-            of the trainer's own), optimizer, schedule, averages.
-        checkpoints: where states lie; first_step: optimizer steps that are done; last_step: of the run.
-        checkpointing_steps: optimizer steps between checkpoints; max_grad_norm: to which gradients are clipped.
+        run: the processes.
+        base: the frozen model.
+        state: everything that a step changes: optimizer, schedule, averages, and the adapters by the names of their
+            modules, which are parts of the base or modules of the trainer's own.
+        checkpoints: where states are written.
+        first_step: how many optimizer steps are done already, by the run that is resumed. 0 = none.
+        last_step: number of the run's last optimizer step.
+        checkpointing_steps: optimizer steps between checkpoints.
+        max_grad_norm: the norm to which the gradients of all parameters together are clipped.
 
     Attributes:
-        encoding: encodes its batches.
+        encoding: encodes the batches.
         clock: times the phases of each step.
         watchers: tools that measure the steps.
-        writes_results: whether `finish` writes them; measuring tools have no use for them.
+        writes_results: whether `finish` writes the results, for which measuring tools have no use.
+        number: of the optimizer step that runs.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class Training:
         self.clock = Clock(run.device)
         self.watchers: list[Watcher] = []
         self.writes_results = True
-        self.number = first_step  # of the step that runs
+        self.number = first_step
         self._bare = {name: adapter.module for name, adapter in self.adapters.items()}
         self._bare.setdefault(base.denoiser_part, base.part(base.denoiser_part))
         self._shared: dict[str, torch.nn.Module] = {}  # as processes share them, once training has begun
@@ -98,7 +104,11 @@ class Training:
     # Modules
 
     def module(self, name: str) -> torch.nn.Module:
-        """A trained module or the denoiser, to be called: in training as the processes share it, else bare."""
+        """A trained module or the denoiser, as it is to be called.
+
+        In training that is the wrapped module, which exchanges gradients between processes. While measuring, and
+        before `wrap_modules`, it is the module itself.
+        """
         return self._bare[name] if self._is_measuring else self._shared.get(name, self._bare[name])
 
     @property
@@ -107,11 +117,14 @@ class Training:
         return self.module(self.base.denoiser_part)
 
     def trained_encoders(self) -> dict[str, torch.nn.Module]:
-        """The text encoders that are trained, by part, see `module`."""
+        """The text encoders that are trained, by their parts in the base, see `module`."""
         return {part: self.module(part) for part in self.base.encoder_parts if part in self.adapters}
 
     def wrap_modules(self) -> None:
-        """Wrap what is called in a step, and the optimizer, as the processes need it; in training mode."""
+        """Wrap the modules and the optimizer for training in several processes, and set training mode.
+
+        To be called once, after everything that is computed only once, and before the first step.
+        """
         for name, module in self._bare.items():
             self._shared[name] = self.run.prepare_model(module)
             if name in self.adapters:
@@ -119,10 +132,10 @@ class Training:
         self.optimizer = self.run.prepare_optimizer(self.optimizer)
 
     @contextmanager
-    def measuring(self):
-        """Bare modules in evaluation mode and the run's precision, without gradients, for as long as the block lasts.
+    def measuring(self) -> Iterator[None]:
+        """For as long as the block lasts, modules are in evaluation mode, without gradients, in the run's precision.
 
-        What is called inside does not wait for the other processes.
+        They are called without their wrapping, so that one process can measure while the others wait.
         """
         encoders = [self.base.part(part) for part in self.base.encoder_parts]
         self._is_measuring = True
@@ -135,12 +148,13 @@ class Training:
     # Steps
 
     def steps(self, batches: Batches, workers: int) -> Iterator[tuple[int, Iterator[Batch]]]:
-        """Numbers of the optimizer steps that are left, and this process's batches of each.
+        """The numbers of the optimizer steps that are left, each with this process's batches for it.
 
-        It goes on after `first_step`, and ends early after the step in which a signal came.
+        The first number is `first_step` + 1. The iteration ends early after a step in which a signal came.
 
         Args:
-            batches: batch number j is a function of j alone; workers: processes that read ahead.
+            batches: gives batch number j, which depends on j alone, so that a resumed run sees the same ones.
+            workers: processes that read batches ahead. 0 = they are read when they are needed.
         """
         numbers = self.run.batch_numbers(self.first_step, self.last_step)
         stream = zip(numbers, batches.load(numbers, workers))
@@ -161,13 +175,19 @@ class Training:
             yield batch
 
     @contextmanager
-    def accumulate(self):
-        """Around forward and backward of a batch: seeds its dropout; the step's last batch exchanges gradients."""
+    def accumulate(self) -> Iterator[None]:
+        """To be put around forward and backward of a batch.
+
+        It seeds the dropout of the batch. Only in the last batch of a step do the processes exchange gradients.
+        """
         with self.run.accumulate(self._batch_number, *self._shared.values()), self.clock.phase("forward"):
             yield
 
     def backward(self, losses: Losses) -> None:
-        """Gradients of a batch's share of the step's loss; the losses' means over the step are kept for the log."""
+        """Add the gradients of a batch to those of its step, whose loss is the mean over its batches.
+
+        The means of the losses over the step are kept for the log.
+        """
         with self.clock.phase("backward"):
             self.run.backward(losses.total)
         for name, loss in {"loss": losses.total, **losses.parts}.items():
@@ -175,7 +195,7 @@ class Training:
             self._sums[name] = self._sums[name] + share if name in self._sums else share
 
     def step(self) -> None:
-        """Clip the gradients, change the weights, move the learning rates, and log the step."""
+        """Clip the gradients, step the optimizer, the schedule and the averages, and log the step."""
         rates = learning_rates(self.optimizer)
         with self.clock.phase("optimizer"):
             norm = self.run.clip_gradients(self.optimizer, self.max_grad_norm)
@@ -187,11 +207,11 @@ class Training:
         self._log(rates, norm)
 
     def _log(self, rates: Mapping[str, float], gradient_norm: torch.Tensor) -> None:
-        """The step's numbers. Means are taken over all processes, so all of them must call."""
+        """Log the numbers of the step. All processes must call, because means are taken over all of them."""
         names, values = list(self._sums), torch.stack(list(self._sums.values()))
         self._sums.clear()
         means = dict(zip(names, self.run.mean(values)))
-        is_rare = self.number % RARE == 0 or self.number == self.last_step
+        is_rare = self.number % SLOW_METRICS_EVERY == 0 or self.number == self.last_step
         denoiser = self.adapters.get(self.base.denoiser_part)
         self._seconds = self.clock.read()
         self.run.log(
@@ -206,7 +226,7 @@ class Training:
         )
 
     def is_due(self, every: int) -> bool:
-        """Whether the first process does now what is done every so many steps."""
+        """Whether this is the first process and the step one of those `every` so many steps."""
         return self.number % every == 0 and self.run.is_main
 
     def save_if_due(self) -> None:
@@ -219,25 +239,33 @@ class Training:
         self.run.wait()
 
     def count(self) -> int:
-        """Numbers that are trained."""
+        """How many numbers are trained."""
         return sum(adapter.count() for adapter in self.adapters.values())
 
     def write_adapters(self, folder: Path, but: Sequence[str] = ()) -> None:
-        """Each adapter, or fully trained module, in a folder of its name, complete or not at all; `but` these."""
+        """Write each adapter or fully trained module into a folder of its name, complete or not at all.
+
+        Args:
+            folder: in which these folders are made.
+            but: names of those that are left out.
+        """
         for name, adapter in self.adapters.items():
             if name not in but:
                 write_folder(folder / name, adapter.save, adapter.size())
 
     @contextmanager
-    def averaged(self):
-        """The averages of the weights in their place, if there are any, for as long as the block lasts."""
+    def averaged(self) -> Iterator[None]:
+        """Put the averages in the place of the weights for as long as the block lasts, if the run keeps averages.
+
+        The time that the block takes is logged as that of validation.
+        """
         with applied(self.averages), self.clock.phase("validation"):
             yield
 
     def finish(self, write_results: Callable[[int], None]) -> int:
-        """Let the first process write the results of a run that has come to its end; returns the exit code.
+        """Let the first process write the results, and end the run; returns the exit code.
 
-        write_results: is told the number of the last step. Not called after a signal.
+        write_results: is given the number of the last step. It is not called if a signal has ended the run early.
         """
         self.run.check_same(self.optimizer)
         if self.run.is_main and not self.run.exit_code and self.writes_results:

@@ -1,4 +1,4 @@
-"""Pictures on the way: the same prompts on the same noise at every validation, so that only the training differs."""
+"""Validation pictures: the same prompts and the same noise each time, so that only the training makes a difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetuning.pictures.sampler import Sampler
 
 
 def validation_keys(count: int, row: int = 0) -> list[str]:
-    """What the noise of each of `count` pictures in a row follows from, beside the seed."""
+    """Keys of the noise of the pictures in a row of a grid: noise depends on the seed and the key alone."""
     return [f"validation/{row}/{i}" for i in range(count)]
 
 
@@ -24,9 +24,15 @@ def draw_validation(
     conditions: torch.Tensor | None = None,
     above: Sequence[Sequence[Image.Image]] = (),
 ) -> Image.Image:
-    """A grid with a column for each prompt and `rows` pictures in it, each on noise of its own.
+    """Draw a grid with a column for each prompt and `rows` pictures in each column, all from different noise.
 
-    conditions: control images, one for each prompt; above: rows that are shown before those that are drawn.
+    Args:
+        sampler: draws the pictures.
+        prompts: one for each column.
+        seed: of the noise.
+        rows: pictures of each prompt.
+        conditions: control images, (N, channels, H, W) in [0, 1], one for each prompt. None = none are needed.
+        above: rows of pictures that are shown above those that are drawn.
     """
     drawn = [sampler(prompts, seed, validation_keys(len(prompts), row), conditions) for row in range(rows)]
     return grid([*above, *drawn], columns=prompts)

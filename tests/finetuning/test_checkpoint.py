@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import pytest
 
 from finetuning.errors import InputError
-from finetuning.training.checkpoint import MANIFEST, Checkpoints, SaveError, damage, write_folder
+from finetuning.run_folder import MANIFEST
+from finetuning.training.checkpoint import Checkpoints
+from finetuning.training.complete_folder import SaveError, damage, write_folder
 
 
 class State:
@@ -138,7 +140,7 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_no_damaged_one(tmp_path, mo
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("finetuning.training.checkpoint.shutil.rmtree", killed)
+        patch.setattr("finetuning.training.complete_folder.shutil.rmtree", killed)
         checkpoints.begin(is_new=True)
     assert checkpoints.find("latest") is None
     checkpoints.begin(is_new=False)
