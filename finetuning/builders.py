@@ -26,7 +26,6 @@ from finetuning.run.run import Run
 from finetuning.run.trackers import start_trackers, tracker_names
 from finetuning.settings.adapter import AdapterSettings
 from finetuning.settings.dreambooth import DreamBoothAdapterSettings
-from finetuning.settings.fields import Config
 from finetuning.settings.folders import check_writable
 from finetuning.settings.shared import (
     SCHEDULES_WITHOUT_END,
@@ -245,8 +244,8 @@ def begin(training: Training, config: TrainerConfig, method: str, images: str) -
     run = training.run
     if run.is_main:
         training.checkpoints.begin(is_new=training.first_step == 0)
-    run.open(training.checkpoints.folder, config, training.first_step, training.state.weights)
-    build_trackers(run, config.tracking, config, training.first_step)
+    run.open(training.checkpoints.folder, config, training.first_step, str(training.state.weights))
+    build_trackers(run, training.checkpoints.folder, config, training.first_step)
     trained = " and ".join(f"{adapter.count():,} of the {name}" for name, adapter in training.adapters.items())
     run.say(
         f"{method}: {trained} are trained on {images}, batch {training.total_batch}, "
@@ -266,15 +265,16 @@ def build_hub(settings: TrackerSettings, output_dir: Path) -> HubRepository | No
     return open_repository(settings.hub_model_id, settings.hub_token, output_dir)
 
 
-def build_trackers(run: Run, settings: TrackerSettings, config: Config, first_step: int) -> None:
+def build_trackers(run: Run, folder: Path, config: TrainerConfig, first_step: int) -> None:
     """Open tensorboard or wandb, in the first process alone."""
+    settings = config.tracking
     if run.is_main:
         run.trackers = start_trackers(
             settings.report_to,
-            folder=run.folder,
+            folder=folder,
             logging_dir=settings.logging_dir,
             project=settings.tracker_project_name,
-            name=settings.wandb_run_name or run.folder.name,
+            name=settings.wandb_run_name or folder.name,
             configuration=config.as_dict(),
             first_step=first_step,
         )

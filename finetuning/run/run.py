@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -293,7 +293,7 @@ class Run:
         """Since the current step began."""
         return time.perf_counter() - self._started
 
-    def mean(self, values: torch.Tensor) -> list[float] | list[torch.Tensor]:
+    def mean(self, values: torch.Tensor) -> Sequence[float | torch.Tensor]:
         """Means over processes, for `log`: plain numbers, or on a GPU tensors, which are read later."""
         values = values.detach()
         if self.processes > 1:
