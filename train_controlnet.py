@@ -108,6 +108,7 @@ class ControlNet:
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),
         )
         data, validation, channels = config.data, config.validation, config.control.conditioning_channels
+        resolution = required(data.resolution, "--resolution")
 
         # Images, controls, prompts; and what finds the controls again:
         self.stream, self.held_out_stream = build_streams(data, channels, self.seed, Controls)
@@ -118,7 +119,7 @@ class ControlNet:
         if validation.validation_image:
             self.base.check_prompts(validation.validation_prompt, "--validation_prompt")
             self.shown = read_validation(
-                validation.validation_image, validation.validation_prompt, channels, data.resolution
+                validation.validation_image, validation.validation_prompt, channels, resolution
             )
         if data.cache_latents and not self.stream.is_cacheable():
             raise InputError("--cache_latents: the random crops of oblong images cannot be kept; add --center_crop")
@@ -138,8 +139,8 @@ class ControlNet:
             data_flag="--train_data_dir" if data.train_data_dir else "--dataset_name",
             rates={} if rate is None else {self.part: rate},
         )
-        precision, scale = DTYPES[config.model.mixed_precision], validation.controlnet_conditioning_scale
-        sampler = build_sampler(self.base, validation, data.resolution, validation.sample_batch_size, precision)
+        precision, scale = self.run.dtype, validation.controlnet_conditioning_scale
+        sampler = build_sampler(self.base, validation, resolution, validation.sample_batch_size, precision)
         self.sampler = ControlSampler.made_of(sampler, self.adapters[self.part].module, scale)
         self.hub = build_hub(config.tracking, self.output)
         self.run.wait()  # nobody writes before all have looked

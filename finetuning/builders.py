@@ -27,7 +27,6 @@ from finetuning.run.trackers import Tracker, start_trackers, tracker_names
 from finetuning.run_folder import CONFIG
 from finetuning.settings.adapter import AdapterSettings
 from finetuning.settings.dreambooth import DreamBoothAdapterSettings
-from finetuning.settings.fields import Config
 from finetuning.settings.folders import check_writable
 from finetuning.settings.shared import (
     SCHEDULES_WITHOUT_END,

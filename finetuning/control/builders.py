@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from finetuning.dataset.stream import Transform
 from finetuning.errors import InputError
 from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.settings.control import MADE, RENDERED, ControlDataSettings, ControlNetConfig
+from finetuning.settings.types import required
 
 logger = logging.getLogger(__name__)
 
@@ -70,38 +71,39 @@ def build_streams(
     Raises:
         InputError: with everything that is wrong with the data.
     """
+    source, other = _sources(settings, rendered)
+    size, available = source.size, source.size if other is None else other.size  # None = there is no end to them
+    count = settings.held_out_images
+    if count is None:
+        count = HELD_OUT if other is not None or available is None else min(HELD_OUT, max(1, available // 10))
+    indices: Sequence[int] | None
+    held_out: Sequence[int]
+    if other is not None:
+        indices = None if size is None else range(size)
+        held_out = range(count if available is None else min(count, available))
+    elif size is None or count < size:
+        indices, held_out = split_off_held_out(required(size, "the number of samples"), count, seed)
+    else:
+        raise InputError(
+            f"--held_out_images={count}: the data has {size} samples, so that none is left to train on; hold out "
+            "fewer, or give others to measure on (--held_out_split, --held_out_data_dir)"
+        )
+    if settings.max_train_samples is not None:
+        indices = (range(settings.max_train_samples) if indices is None else indices)[: settings.max_train_samples]
     resize = settings.conditioning_resize
     stream = ControlStream(
         "train",
-        source=None,
-        transform=Transform(settings.resolution, settings.center_crop, settings.random_flip),
-        seed=seed,
+        source,
+        Transform(required(settings.resolution, "--resolution"), settings.center_crop, settings.random_flip),
+        seed,
+        indices=indices,
         channels=channels,
         make=_maker(settings),
         is_label_map=resize == "nearest" if resize else settings.conditioning == "mask" or None,
         empty_prompts=settings.proportion_empty_prompts,
     )
-    source, other = _sources(settings, rendered)
-    available = source.size if other is None else other.size
-    count = settings.held_out_images
-    if count is None:
-        count = min(HELD_OUT, max(1, available // 10)) if other is None else HELD_OUT
-    if other is None and count >= available:
-        raise InputError(
-            f"--held_out_images={count}: the data has {available} samples, so that none is left to train on; hold out "
-            "fewer, or give others to measure on (--held_out_split, --held_out_data_dir)"
-        )
-    if other is None:
-        other, (indices, held_out) = source, split_off_held_out(source.size, count, seed)
-    else:
-        indices = None if source.size is None else range(source.size)
-        held_out = range(count if available is None else min(count, available))
-    if settings.max_train_samples is not None:
-        indices = (range(settings.max_train_samples) if indices is None else indices)[: settings.max_train_samples]
-    return (
-        replace(stream, source=source, indices=indices),
-        replace(stream, name="held out", source=other, indices=held_out, empty_prompts=0),
-    )
+    held_out_stream = replace(stream, name="held out", source=other or source, indices=held_out, empty_prompts=0)
+    return stream, held_out_stream
 
 
 def build_detectors(
@@ -153,7 +155,7 @@ def _maker(settings: ControlDataSettings) -> Callable[[Image.Image], Image.Image
     if settings.conditioning == "canny":
         opencv()  # is it there?
         return partial(canny, low=settings.canny_low, high=settings.canny_high)
-    return load_segmenter(settings.segmentation_model).colours
+    return load_segmenter(required(settings.segmentation_model, "--segmentation_model")).colours
 
 
 def _sources(settings: ControlDataSettings, rendered: RenderedSource) -> tuple[Source, Source | None]:
@@ -163,20 +165,20 @@ def _sources(settings: ControlDataSettings, rendered: RenderedSource) -> tuple[S
         return rendered(kind, "train"), rendered(kind, "held out")
     condition = None if settings.conditioning is not None else settings.conditioning_image_column
     if settings.train_data_dir is not None:
-        options = {
-            "controls_folder": settings.conditioning_data_dir,
-            "caption_column": settings.caption_column,
-            "condition_column": condition,
-        }
-        source = read_folder(settings.train_data_dir, flag="--train_data_dir", **options)
-        if settings.held_out_data_dir is None:
-            return source, None
-        return source, read_folder(settings.held_out_data_dir, flag="--held_out_data_dir", **options)
+        read = partial(
+            read_folder,
+            controls_folder=settings.conditioning_data_dir,
+            caption_column=settings.caption_column,
+            condition_column=condition,
+        )
+        held_out = settings.held_out_data_dir
+        folder = read(settings.train_data_dir, flag="--train_data_dir")
+        return folder, None if held_out is None else read(held_out, flag="--held_out_data_dir")
     from finetuning.control.hub_source import load_splits, read_split  # imports `datasets`, which folders do without
 
-    splits = load_splits(settings.dataset_name, settings.dataset_config_name)
-    columns = {"image": settings.image_column, "condition": condition, "caption": settings.caption_column}
-    source = read_split(splits, settings.train_split, flag="--train_split", **columns)
-    if settings.held_out_split is None:
-        return source, None
-    return source, read_split(splits, settings.held_out_split, flag="--held_out_split", **columns)
+    splits = load_splits(required(settings.dataset_name, "--dataset_name"), settings.dataset_config_name)
+    split = partial(
+        read_split, splits, image=settings.image_column, condition=condition, caption=settings.caption_column
+    )
+    train, held_out = split(settings.train_split, flag="--train_split"), settings.held_out_split
+    return train, None if held_out is None else split(held_out, flag="--held_out_split")

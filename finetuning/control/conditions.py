@@ -74,7 +74,7 @@ def label_colours(labels: np.ndarray) -> Image.Image:
     for bit in range(7, -1, -1):
         for channel in range(3):
             channels[..., channel] |= ((rest >> channel) & 1) << bit
-        rest = rest >> 3
+        rest >>= 3
     return Image.fromarray(channels)
 
 

@@ -15,6 +15,7 @@ from finetuning.control.sources import Sample, sizes_fault
 from finetuning.dataset.captions import caption_of
 from finetuning.dataset.images import naming, read_picture, refuse_sequence, to_rgb, upright, verify_picture
 from finetuning.errors import InputError
+from finetuning.settings.types import required
 
 REMEDY = "; write texts, or give another --caption_column"
 
@@ -103,9 +104,10 @@ class HubSource:
         Raises:
             InputError: if the cell holds neither.
         """
-        feature = self.features[self.condition_column]
+        column = required(self.condition_column, "--conditioning_image_column")
+        feature = self.features[column]
         if isinstance(feature, datasets.Image):
-            return self._picture(value, self.condition_column, name)
+            return self._picture(value, column, name)
         if isinstance(value, (list, np.ndarray)) and len(value):
             with naming(name, "control"):
                 return np.asarray(value, _number_type(feature))

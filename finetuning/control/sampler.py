@@ -31,6 +31,8 @@ class ControlSampler(Sampler):
 
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline that draws, see `control_pipeline`."""
+        if self.control is None:
+            raise ValueError("control: a hint encoder or a ControlNet is needed")
         return control_pipeline(self.base, self.control)
 
     def options(self, conditions: torch.Tensor | None) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """Samples by number. `size` says how many; None = there is no end to them: they are rendered and need no check."""
 
-    size: int | None
+    @property
+    def size(self) -> int | None: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any, str]: ...
 

@@ -210,20 +210,20 @@ class Training:
         """Log the numbers of the step. All processes must call, because means are taken over all of them."""
         names, values = list(self._sums), torch.stack(list(self._sums.values()))
         self._sums.clear()
-        means = dict(zip(names, self.run.mean(values)))
+        means: dict[str, float | torch.Tensor] = dict(zip(names, self.run.mean(values)))
         is_rare = self.number % SLOW_METRICS_EVERY == 0 or self.number == self.last_step
         denoiser = self.adapters.get(self.base.denoiser_part)
         self._seconds = self.clock.read()
-        self.run.log(
-            self.number,
+        numbers: dict[str, float | torch.Tensor | None] = {
             **means,
             **rates,
-            gradient_norm=gradient_norm,
-            images_per_second=self.samples / self.run.seconds,
-            peak_memory_gib=self.run.peak_memory(),
-            rotation_degrees=denoiser.rotation_angle() if is_rare and denoiser is not None else None,
+            "gradient_norm": gradient_norm,
+            "images_per_second": self.samples / self.run.seconds,
+            "peak_memory_gib": self.run.peak_memory(),
+            "rotation_degrees": denoiser.rotation_angle() if is_rare and denoiser is not None else None,
             **{f"seconds_{phase}": time for phase, time in self._seconds.items()},
-        )
+        }
+        self.run.log(self.number, **numbers)
 
     def is_due(self, every: int) -> bool:
         """Whether this is the first process and the step one of those `every` so many steps."""
