@@ -41,9 +41,9 @@ from finetuning.objective.diffusion import mean_squared_error
 from finetuning.pictures.grid import grid
 from finetuning.randomness import seed_modules
 from finetuning.readings import to_device
-from finetuning.run.processes import DTYPES
 from finetuning.run_folder import COMPARISON, COURSE, METRICS, VALIDATION, read_metrics
 from finetuning.settings.reading import read_config, run_command
+from finetuning.settings.types import required
 from finetuning.training.training import Losses
 from finetuning.training.validation import draw_validation
 from toyworld.controls import Controls

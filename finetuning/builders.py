@@ -272,7 +272,7 @@ def build_hub(settings: TrackerSettings, output_dir: Path) -> HubRepository | No
     return open_repository(settings.hub_model_id, settings.hub_token, output_dir)
 
 
-def build_trackers(settings: TrackerSettings, config: Config, folder: Path, first_step: int) -> list[Tracker]:
+def build_trackers(settings: TrackerSettings, config: TrainerConfig, folder: Path, first_step: int) -> list[Tracker]:
     """The trackers that --report_to asks for, opened for a run in `folder`; only the first process needs them.
 
     Raises:
