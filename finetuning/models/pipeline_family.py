@@ -1,0 +1,94 @@
+"""What all families share: they are the parts of a pipeline of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from finetuning.config import InputError
+from finetuning.process import Process
+
+
+class PipelineFamily:
+    """Base of all families; the parts of the pipeline are attributes of the names that its folder gives them.
+
+    Attributes:
+        name: folder or hub name.
+        text_parts: all text encoders; encoder_parts: those of them that may be trained.
+    """
+
+    name: str
+    process: Process
+    vae: torch.nn.Module
+    resolution: int
+    multiple: int
+    vae_scale: int  # pixels along a side of one latent
+    latent_channels: int
+
+    denoiser_part: ClassVar[str]
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    encoder_parts: ClassVar[tuple[str, ...]] = ()
+
+    def part(self, name: str) -> torch.nn.Module:
+        """The denoiser or a text encoder, by its name in the pipeline's folder."""
+        return getattr(self, name)
+
+    def check_resolution(self, resolution: int | None) -> int:
+        """The resolution to train at, by default the model's own.
+
+        Raises:
+            InputError: the denoiser cannot work on an image of such a side.
+        """
+        if resolution is None:
+            return self.resolution
+        if resolution % self.multiple:
+            near = max(self.multiple, round(resolution / self.multiple) * self.multiple)
+            raise InputError(
+                f"--resolution={resolution}: must be a multiple of {self.multiple} for this model, e.g. {near}"
+            )
+        return resolution
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of a square image of this side in pixels."""
+        return (self.latent_channels, resolution // self.vae_scale, resolution // self.vae_scale)
+
+    def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Nothing learns; denoiser and text encoders to `dtype`. The VAE stays float32: half would spoil it."""
+        encoders = [(self.part(name), dtype) for name in self.text_parts]
+        for part, to in ((self.part(self.denoiser_part), dtype), *encoders, (self.vae, torch.float32)):
+            part.requires_grad_(False).eval().to(device, to)
+        self.process = self.process.to(device)
+
+    def pipeline(self) -> DiffusionPipeline:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], noise: torch.Tensor, *, steps: int, guidance_scale: float) -> torch.Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], that the pipeline draws from this standard normal noise, (B, C, h, w).
+
+        Guidance, if there is any, is away from what an empty prompt means to the pipeline.
+        """
+        latents = self.pipeline()(
+            prompt=list(prompts),
+            height=noise.shape[2] * self.vae_scale,
+            width=noise.shape[3] * self.vae_scale,
+            latents=self._starting_latents(noise.to(self.part(self.denoiser_part).device)),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+        return self.decode(self._final_latents(latents.float()))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _starting_latents(self, noise: torch.Tensor) -> torch.Tensor:
+        """Noise as the pipeline's argument `latents` wants it."""
+        return noise.float()
+
+    def _final_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the pipeline returns as latents to normalized ones."""
+        return latents

@@ -1,0 +1,273 @@
+"""What every family must do, one contract over tiny random pipelines of all of them.
+
+Above all: what it predicts is what the stock pipeline predicts, and a picture of the one is a picture of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_pipelines import BUILDERS
+
+from finetuning.adapter import add_boft, add_lora, train_fully
+from finetuning.config import InputError
+from finetuning.frame import Frame
+from finetuning.models.registry import load_family
+from finetuning.objective import mean_squared_error
+from finetuning.process import Diffusion
+from finetuning.randomness import normal
+
+PROMPTS = ["a photo of qwe mug", "qwe dog in the snow on red beach, a cat, a toy"]  # of different lengths
+HEIGHT, WIDTH = 64, 96
+FRAMES = [Frame((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))] * 2
+GUIDANCE = 3.0
+FAMILIES = list(BUILDERS)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Folder of a family's tiny pipeline, made at first use."""
+    return cache(lambda name: BUILDERS[name](tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    """A family, loaded and frozen; for tests that do not change it."""
+
+    @cache
+    def load(name):
+        base = load_family(str(folder(name)))
+        base.freeze(torch.float32, torch.device("cpu"))
+        return base
+
+    return load
+
+
+def noise_of(base, seed: int = 0) -> torch.Tensor:
+    channels, h, w = base.latent_shape(HEIGHT)
+    return normal((channels, h, w * WIDTH // HEIGHT), seed, "test", range(2))
+
+
+def predict(base, x_t: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    condition = base.condition(base.embed(prompts), FRAMES[: len(prompts)])
+    return base.predict(base.part(base.denoiser_part), x_t, t, condition)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conditions_of_a_batch_are_those_of_its_prompts(name, loaded):
+    base = loaded(name)
+    together = base.embed(PROMPTS)
+    alone = [base.embed([prompt])[0] for prompt in PROMPTS]
+    for one, other in zip(together, alone):
+        assert one.keys() == other.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-5)
+    x, t = noise_of(base), base.process.spread_times(2)
+    both = predict(base, x, t, PROMPTS)
+    for i, prompt in enumerate(PROMPTS):  # padding to the longer prompt changes nothing
+        alone = predict(base, x[i : i + 1], t[i : i + 1], [prompt])
+        torch.testing.assert_close(both[i : i + 1], alone, atol=2e-5, rtol=1e-4)
+
+
+def watched(pipeline: DiffusionPipeline) -> list[tuple]:
+    """The arguments that the pipeline's scheduler is given in each step: prediction, time, x_t."""
+    seen, kind = [], type(pipeline.scheduler)
+
+    class Watched(kind):
+        def step(self, model_output, timestep, sample, **options):
+            scaled = self.scale_model_input(sample, timestep) if hasattr(self, "scale_model_input") else sample
+            seen.append((model_output.clone(), timestep, scaled.clone()))
+            return super().step(model_output, timestep, sample, **options)
+
+    pipeline.scheduler = Watched.from_config(pipeline.scheduler.config)
+    return seen
+
+
+def guided(name: str, with_prompt: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance (arXiv 2207.12598); Z-Image counts its scale from 0, the others from 1."""
+    scale = GUIDANCE if name == "z-image" else GUIDANCE - 1
+    return with_prompt + scale * (with_prompt - without)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predictions_are_those_of_the_stock_pipeline(name, folder, loaded):
+    base, stock = loaded(name), DiffusionPipeline.from_pretrained(folder(name))
+    stock.set_progress_bar_config(disable=True)
+    seen = watched(stock)
+    noise = noise_of(base)
+    stock(
+        PROMPTS, height=HEIGHT, width=WIDTH, latents=noise, num_inference_steps=3, guidance_scale=GUIDANCE,
+        output_type="latent",
+    )  # fmt: skip
+    assert len(seen) >= 3
+    for wanted, time, x_t in seen:
+        x_t = as_latents(x_t, noise.shape)
+        t = time if isinstance(base.process, Diffusion) else time / 1000
+        with torch.no_grad():
+            predicted = guided(name, *(predict(base, x_t, t.expand(2), p) for p in (PROMPTS, ["", ""])))
+        wanted = as_latents(wanted, noise.shape)
+        assert wanted.std() > 0.01
+        torch.testing.assert_close(predicted, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
+
+
+def as_latents(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """(B, h * w, C), as some transformers have them, to (B, C, h, w)."""
+    return tensor if tensor.ndim == 4 else tensor.transpose(1, 2).reshape(shape)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_are_those_of_the_stock_pipeline(name, folder, loaded):
+    """`draw`, from noise to pixels, decodes as the stock pipeline does."""
+    base, stock = loaded(name), DiffusionPipeline.from_pretrained(folder(name))
+    stock.set_progress_bar_config(disable=True)
+    noise = noise_of(base)
+    wanted = stock(
+        PROMPTS, height=HEIGHT, width=WIDTH, latents=noise, num_inference_steps=2, guidance_scale=GUIDANCE,
+        output_type="pt",
+    ).images  # fmt: skip
+    drawn = base.draw(PROMPTS, noise, steps=2, guidance_scale=GUIDANCE)
+    assert drawn.shape == (2, 3, HEIGHT, WIDTH)
+    torch.testing.assert_close((drawn / 2 + 0.5).clamp(0, 1), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_of_an_image_are_decoded_to_what_the_vae_alone_makes_of_it(name, loaded):
+    base = loaded(name)
+    pixels = normal((3, HEIGHT, WIDTH), 1, "pixels", range(2)).clamp(-1, 1)
+    moments = base.moments(pixels)
+    assert moments.dtype == torch.float32 and moments.shape == (2, 2, *noise_of(base).shape[1:])
+    with torch.no_grad():
+        mode = base.vae.encode(pixels).latent_dist.mode()
+        wanted = base.vae.decode(mode).sample
+    torch.testing.assert_close(base.decode(moments[:, 0]), wanted, atol=1e-5, rtol=1e-4)
+    channels, h, w = base.latent_shape(HEIGHT)
+    assert moments.shape[2:] == (channels, h, w * WIDTH // HEIGHT)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_deviations_of_latents_are_those_of_draws(name, loaded):
+    """Mean and deviation are normalized alike: decoding mean ± deviation equals the VAE's own mean ± deviation."""
+    base = loaded(name)
+    pixels = normal((3, HEIGHT, WIDTH), 2, "pixels", range(1)).clamp(-1, 1)
+    mean, deviation = base.moments(pixels).unbind(1)
+    with torch.no_grad():
+        distribution = base.vae.encode(pixels).latent_dist
+        wanted = base.vae.decode(distribution.mean + distribution.std).sample
+    torch.testing.assert_close(base.decode(mean + deviation), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_follow_from_noised_ones_and_the_target(name, loaded):
+    process = loaded(name).process
+    x0, noise = noise_of(loaded(name), 1), noise_of(loaded(name), 2)
+    t = process.times(0, ["a", "b"])
+    x_t, target = process.noised(x0, noise, t), process.target(x0, noise, t)
+    if not isinstance(process, Diffusion):
+        recovered = x_t - t[:, None, None, None] * target
+    else:
+        alpha = process.alpha_bar[t][:, None, None, None]
+        if process.prediction == "epsilon":
+            recovered = (x_t - (1 - alpha).sqrt() * target) / alpha.sqrt()
+        else:
+            recovered = alpha.sqrt() * x_t - (1 - alpha).sqrt() * target
+    torch.testing.assert_close(recovered, x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_is_the_one_of_the_paper(name, loaded):
+    """Written down from the papers' terms, beside what the trainers compute with the process."""
+    base = loaded(name)
+    process, keys = base.process, ["a", "b"]
+    x0 = noise_of(base, 3)
+    t, noise = process.times(0, keys), process.noise(x0, 0, keys)
+    with torch.no_grad():
+        predicted = predict(base, process.noised(x0, noise, t), t, PROMPTS)
+        losses = process.weight(t) * mean_squared_error(predicted, process.target(x0, noise, t))
+        for i, time in enumerate(t):
+            if isinstance(process, Diffusion):
+                alpha = math.prod(float(1 - beta) for beta in base.noise_schedule.betas[: int(time) + 1])
+                x_t = math.sqrt(alpha) * x0[i] + math.sqrt(1 - alpha) * noise[i]
+                is_v = process.prediction == "v_prediction"
+                wanted = math.sqrt(alpha) * noise[i] - math.sqrt(1 - alpha) * x0[i] if is_v else noise[i]
+            else:
+                x_t, wanted = (1 - time) * x0[i] + time * noise[i], noise[i] - x0[i]
+            own = predict(base, x_t[None], time[None], [PROMPTS[i]])
+            torch.testing.assert_close(losses[i], ((own[0] - wanted) ** 2).mean(), atol=1e-5, rtol=1e-3)
+
+
+METHODS = {
+    "boft": lambda base, module, preset: add_boft(module, [preset], block_size=4, factors=2, presets=base.presets),
+    "lora": lambda base, module, preset: add_lora(module, [preset], rank=2, presets=base.presets),
+    "full": lambda base, module, preset: train_fully(module),
+}
+
+
+@pytest.mark.parametrize("method", ["boft", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_adapter_changes_nothing_and_each_preset_names_layers(name, method, loaded):
+    counts = []
+    for preset in ("attention", "attention+feed-forward", "transformer", "all"):
+        base = deepcopy(loaded(name))
+        x, t = noise_of(base), base.process.spread_times(2)
+        with torch.no_grad():
+            before = predict(base, x, t, PROMPTS)
+            adapter = METHODS[method](base, base.part(base.denoiser_part), preset)
+            after = predict(base, x, t, PROMPTS)
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+        counts.append(adapter.count())
+    assert counts == sorted(set(counts))  # each preset has layers that the one before lacks
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ten_steps_on_one_image_lower_the_loss(name, method, loaded):
+    base = deepcopy(loaded(name))
+    denoiser = base.part(base.denoiser_part)
+    adapter = METHODS[method](base, denoiser, "all")
+    x0 = base.moments(normal((3, HEIGHT, WIDTH), 1, "pixels", range(2)).clamp(-1, 1))[:, 0]
+    noise, t = noise_of(base, 5), base.process.spread_times(2)
+    x_t, target = base.process.noised(x0, noise, t), base.process.target(x0, noise, t)
+    condition = base.condition(base.embed(PROMPTS), FRAMES)
+    optimizer = torch.optim.AdamW([p for _, p in adapter.named_trainables()], lr=1e-3 if method == "full" else 1e-2)
+    losses = []
+    for _ in range(11):
+        loss = mean_squared_error(base.predict(adapter.module, x_t, t, condition), target).mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_predicts_nearly_the_same(name, folder, loaded):
+    """A base in bfloat16 under autocast, fed with float32, as the trainers do it."""
+    half = load_family(str(folder(name)))
+    half.freeze(torch.bfloat16, torch.device("cpu"))
+    assert half.vae.dtype == torch.float32
+    base = loaded(name)
+    x, t = noise_of(base), base.process.spread_times(2)
+    with torch.no_grad():
+        wanted = predict(base, x, t, PROMPTS)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = predict(half, x, t, PROMPTS).float()
+    assert (predicted - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_that_the_encoders_would_cut_are_refused(name, loaded):
+    base = loaded(name)
+    base.check_prompts(PROMPTS, "--instance_prompt")
+    with pytest.raises(InputError, match=r"--instance_prompt='qwe .*tokens, the model reads"):
+        base.check_prompts(["qwe " * 600], "--instance_prompt")
+
+
+def test_fingerprints_follow_the_weights(folder, loaded):
+    first = FAMILIES[0]
+    assert load_family(str(folder(first))).fingerprint == loaded(first).fingerprint
+    assert len({loaded(name).fingerprint for name in FAMILIES}) == len(FAMILIES)
