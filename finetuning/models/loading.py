@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,6 +86,13 @@ class PipelineFolder:
             if missing := sorted(loading["missing_keys"]):
                 raise ValueError(f"the weights of {part} lack {', '.join(missing)}")
             return module
+
+    def language_model(self, part: str) -> PreTrainedModel:
+        """A text encoder of the class of transformers that model_index.json names."""
+        library, kind = self.config()[part]
+        if library != "transformers" or not hasattr(transformers, kind):
+            raise InputError(f"{FLAG}={self.name}: its {part} is a {kind} of {library}, not a model of transformers")
+        return self.module(part, getattr(transformers, kind))
 
     def tokenizer(self, part: str, kind: type[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
         with explained(self.name, self.revision):

@@ -12,8 +12,10 @@ import torch
 
 from finetuning.config import InputError
 from finetuning.family import Family
+from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.loading import FLAG, PipelineFolder
 from finetuning.models.sdxl import StableDiffusionXL
+from finetuning.models.z_image import ZImage
 from finetuning.stable_diffusion import MIRRORS, load_stable_diffusion
 
 DISTILLED_NAMES = re.compile(r"(?i)turbo|lightning|hyper[-_]?sd|(?:^|[-_/])(?:lcm|dmd2?|schnell)(?:$|[-_/])")
@@ -45,6 +47,8 @@ ROWS = {  # by the class that model_index.json names
     "StableDiffusionXLPipeline": Row(
         "Stable Diffusion XL", StableDiffusionXL.load, "stabilityai/stable-diffusion-xl-base-1.0"
     ),
+    "Flux2KleinPipeline": Row("FLUX.2 klein base", Flux2Klein.load, "black-forest-labs/FLUX.2-klein-base-4B"),
+    "ZImagePipeline": Row("Z-Image", ZImage.load, "Tongyi-MAI/Z-Image"),
 }
 OTHER_TASKS = ("Inpaint", "Img2Img", "ImageToImage", "ControlNet", "Edit", "Upscale", "Depth2Img", "Kontext", "Fill")
 SUBSTITUTES = {  # of pipelines that make images from text and cannot be trained

@@ -84,11 +84,106 @@ def build_sd15(folder: Path) -> Path:
     )
 
 
+def build_flux2(folder: Path) -> Path:
+    """FLUX.2 klein base: a Qwen 3 of 28 layers, of which three are read, and patches of a normalized VAE."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = build_qwen_tokenizer(folder / "tokenizer")
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(_qwen_config(tokenizer, layers=28)).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_z_image(folder: Path) -> Path:
+    """Z-Image: a single stream, a Qwen 3, a VAE with a shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    torch.manual_seed(0)
+    tokenizer = build_qwen_tokenizer(folder / "tokenizer")
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 8, 8], axes_lens=[1024, 64, 64],
+    )  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # they are made as zeros
+        torch.nn.init.normal_(token)
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_autoencoder(4, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(_qwen_config(tokenizer, layers=3)).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd15": build_sd15,
     "sdxl": build_sdxl,
     "sdxl-v": build_sdxl_v_prediction,
+    "flux2": build_flux2,
+    "z-image": build_z_image,
 }
+
+
+def build_qwen_tokenizer(folder: Path):
+    """A tokenizer of Qwen 3's kind that spells all words by their bytes, with a chat template."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens = [*bytes_to_unicode().values(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _qwen_config(tokenizer, layers: int):
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
 
 
 def _clip_config(vocabulary: int, width: int):

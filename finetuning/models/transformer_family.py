@@ -1,0 +1,89 @@
+"""What the base models with a transformer and flow matching share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from transformers import PreTrainedTokenizerBase
+
+from finetuning.config import InputError
+from finetuning.family import Condition
+from finetuning.flow import Flow, Shift, constant_shift, exponential_shift
+from finetuning.models.loading import FLAG, fingerprint
+from finetuning.models.pipeline_family import PipelineFamily
+
+PARTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+
+
+class TransformerFamily(PipelineFamily):
+    """Base of the families whose denoiser is a transformer that predicts velocities.
+
+    Their text encoder is a language model of several GB. It is not trained.
+
+    Attributes:
+        max_tokens: of a prompt, in the words around it that the model was trained with.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: torch.nn.Module
+    transformer: torch.nn.Module
+    scheduler: SchedulerMixin
+    fingerprint: str
+    max_tokens: int
+
+    denoiser_part: ClassVar[str] = "transformer"
+    resolution: ClassVar[int] = 1024
+
+    def _set_up(self, shift: Callable[[int], float] | None, patch: int) -> None:
+        """Process and fingerprint. shift: of times, by tokens; patch: side of the square of latents of a token."""
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise InputError(
+                f"{FLAG}={self.name}: its scheduler is a {type(self.scheduler).__name__}; this family is trained by "
+                "flow matching, with a FlowMatchEulerDiscreteScheduler"
+            )
+        tokens = (self.resolution // self.vae_scale // patch) ** 2
+        self.process = Flow(tokens=tokens, shift=shift or scheduler_shift(self.scheduler), patch=patch)
+        self.fingerprint = fingerprint((self.text_encoder, self.vae, self.transformer))
+
+    def chat(self, prompt: str) -> str:
+        """The prompt in the words around it that the model was trained with."""
+        raise NotImplementedError
+
+    def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
+        """Raises InputError for each prompt that the pipeline would cut."""
+        faults = []
+        for prompt in dict.fromkeys(prompts):
+            length = len(self.tokenizer(self.chat(prompt)).input_ids)
+            if length > self.max_tokens:
+                faults.append(
+                    f"{flag}={prompt!r}: {length} tokens, the model reads {self.max_tokens}; shorten the prompt"
+                )
+        if faults:
+            raise InputError(*faults)
+
+    @torch.no_grad()
+    def embed(
+        self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] = MappingProxyType({})
+    ) -> list[Condition]:
+        """What the text encoder makes of each prompt. encoders: none of this family's is trained."""
+        return self._encode(list(prompts))
+
+    def _encode(self, prompts: list[str]) -> list[Condition]:
+        raise NotImplementedError
+
+
+def scheduler_shift(scheduler: FlowMatchEulerDiscreteScheduler) -> Shift:
+    """The shift that a sampler is configured for: one for all sizes, or one that grows with the number of tokens."""
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return constant_shift(config.shift)
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+
+    def mu(tokens: int) -> float:
+        return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+    return exponential_shift(mu) if config.time_shift_type == "exponential" else mu
