@@ -15,6 +15,7 @@ from finetuning.family import Family
 from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.loading import FLAG, PipelineFolder
 from finetuning.models.sdxl import StableDiffusionXL
+from finetuning.models.single_file import load_single_file
 from finetuning.models.z_image import ZImage
 from finetuning.stable_diffusion import MIRRORS, load_stable_diffusion
 
@@ -63,13 +64,18 @@ def load_family(
     revision: str | None = None,
     variant: str | None = None,
     *,
+    tokenizer_name: str | None = None,
+    prediction_type: str | None = None,
     allow_distilled: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Family:
-    """Load a base model of whatever family from a folder in diffusers' format or from the hub.
+    """Load a base model of whatever family from a folder in diffusers' format, from the hub, or from a single file.
 
     Args:
-        name: folder or hub name; revision: branch or commit, None = main; variant: of the files of weights, e.g. fp16.
+        name: folder, hub name, or a .safetensors file of Stable Diffusion 1.x, 2.x or XL in the original layout.
+        revision: branch or commit, None = main; variant: of the files of weights, e.g. fp16; both of folders only.
+        tokenizer_name: folder of another CLIP tokenizer, for Stable Diffusion 1.x and 2.x and for single files.
+        prediction_type: what a single file predicts, "epsilon" or "v_prediction", if it does not say so itself.
         allow_distilled: train a model that was distilled to few steps all the same.
         dtype: of the denoiser and of the text encoders as they are loaded; Stable Diffusion 1.x and 2.x are float32.
 
@@ -77,12 +83,39 @@ def load_family(
         InputError: not there, not reachable, incomplete, of no family that can be trained, made for another task than
             images from text, or distilled.
     """
+    if Path(name).is_file():
+        return _load_file(name, revision, variant, tokenizer_name, prediction_type, allow_distilled, dtype)
     check_name(name, revision)
     folder = PipelineFolder(name, revision, variant, dtype)
     row = find_row(name, folder.config())
+    if prediction_type is not None:
+        raise InputError(f"--prediction_type={prediction_type}: {name} says so in its scheduler; drop the flag")
     if not allow_distilled:
-        check_distilled(folder, row)
+        check_distilled(name, distillation(folder), row.base)
+    if row.load is _load_stable_diffusion:
+        return load_stable_diffusion(name, revision, variant, tokenizer_name)
+    if tokenizer_name is not None:
+        raise InputError(f"--tokenizer_name={tokenizer_name}: {row.title} has a tokenizer of its own; drop the flag")
     return row.load(folder)
+
+
+def _load_file(
+    name: str,
+    revision: str | None,
+    variant: str | None,
+    tokenizer_name: str | None,
+    prediction_type: str | None,
+    allow_distilled: bool,
+    dtype: torch.dtype,
+) -> Family:
+    for flag, value in (("--revision", revision), ("--variant", variant)):
+        if value is not None:
+            raise InputError(f"{flag}={value}: {name} is a single file, which has none; drop the flag")
+    base = load_single_file(name, tokenizer_name, prediction_type, dtype)
+    if not allow_distilled:
+        row = ROWS["StableDiffusionXLPipeline" if isinstance(base, StableDiffusionXL) else "StableDiffusionPipeline"]
+        check_distilled(name, said_distilled(Path(name).stem), row.base)
+    return base
 
 
 def find_row(name: str, config: dict) -> Row:
@@ -98,12 +131,15 @@ def find_row(name: str, config: dict) -> Row:
     raise InputError(f"{FLAG}={name}: is a {kind}; what can be trained: {titles}")
 
 
-def check_distilled(folder: PipelineFolder, row: Row) -> None:
-    """Raises InputError for a model that was distilled to few steps: training it as it is undoes the distillation."""
-    if reason := distillation(folder):
+def check_distilled(name: str, reason: str | None, base: str) -> None:
+    """Raises InputError for a model that was distilled to few steps: training it as it is undoes the distillation.
+
+    reason: what shows that it was, None: nothing does. base: the model to train in its place.
+    """
+    if reason is not None:
         raise InputError(
-            f"{FLAG}={folder.name}: is distilled to few steps ({reason}), and training would undo that; train "
-            f"{row.base} instead, or say --allow_distilled to train it all the same"
+            f"{FLAG}={name}: is distilled to few steps ({reason}), and training would undo that; train {base} "
+            "instead, or say --allow_distilled to train it all the same"
         )
 
 
@@ -115,10 +151,13 @@ def distillation(folder: PipelineFolder) -> str | None:
     denoiser = "transformer" if "transformer" in config else "unet"
     if _read_config(folder, denoiser).get("time_cond_proj_dim"):
         return "its UNet is told the scale of guidance"
-    for text in (_own_name(folder.name), str(config.get("_name_or_path", ""))):
-        if found := DISTILLED_NAMES.search(text):
-            return f"{found.group().strip('-_/')!r} in its name"
-    return None
+    return said_distilled(_own_name(folder.name)) or said_distilled(str(config.get("_name_or_path", "")))
+
+
+def said_distilled(name: str) -> str | None:
+    """The word in a model's name that says that it was distilled, if there is one."""
+    found = DISTILLED_NAMES.search(name)
+    return f"{found.group().strip('-_/')!r} in its name" if found else None
 
 
 def check_name(name: str, revision: str | None) -> None:
@@ -126,8 +165,6 @@ def check_name(name: str, revision: str | None) -> None:
     path = Path(name)
     if name in MIRRORS and not path.exists():
         raise InputError(f"{FLAG}={name}: was removed from the hub; its mirror is {MIRRORS[name]}")
-    if path.is_file():
-        raise InputError(f"{FLAG}={name}: is a file; give a folder in diffusers' format (with model_index.json)")
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub:
         raise InputError(f"{FLAG}={name}: no such folder, and not the form owner/name of a model on the hub")
