@@ -24,7 +24,7 @@ from finetuning.family import Condition
 from finetuning.flow import exponential_shift
 from finetuning.frame import Frame
 from finetuning.models.loading import PipelineFolder
-from finetuning.models.transformer_family import PARTS, TransformerFamily
+from finetuning.models.transformer_family import PARTS, ChatFamily
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 SINGLE = ["to_qkv_mlp_proj", "attn.to_out"]  # of single blocks: attention and feed-forward in one
@@ -36,7 +36,7 @@ DRAWN = inspect.signature(Flux2KleinPipeline.__call__).parameters  # the pipelin
 
 
 @dataclass
-class Flux2Klein(TransformerFamily):
+class Flux2Klein(ChatFamily):
     """The parts of a FLUX.2 klein pipeline.
 
     Attributes:
@@ -65,7 +65,7 @@ class Flux2Klein(TransformerFamily):
 
     def __post_init__(self):
         steps = DRAWN["num_inference_steps"].default  # the sampler's shift depends on them, too
-        self._set_up(exponential_shift(lambda tokens: compute_empirical_mu(tokens, steps)), patch=1)
+        self._set_up(patch=1, shift=exponential_shift(lambda tokens: compute_empirical_mu(tokens, steps)))
 
     @classmethod
     def load(cls, folder: PipelineFolder) -> Flux2Klein:
@@ -95,10 +95,6 @@ class Flux2Klein(TransformerFamily):
     def multiple(self) -> int:
         """Both sides of an image in pixels must be multiples of it."""
         return self.vae_scale
-
-    @property
-    def latent_channels(self) -> int:
-        return self.transformer.config.in_channels
 
     # Conditions
 
@@ -164,7 +160,7 @@ class Flux2Klein(TransformerFamily):
         mean, variance = (part[:, None, None] for part in (self.vae.bn.running_mean, self.vae.bn.running_var))
         return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
 
-    def _final_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def _final_latents(self, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         center, scale = self._center_and_scale()  # the pipeline returns the VAE's own latents
         return (Flux2KleinPipeline._patchify_latents(latents) - center) / scale
 

@@ -25,12 +25,16 @@ class PipelineFamily:
     vae: torch.nn.Module
     resolution: int
     multiple: int
-    vae_scale: int  # pixels along a side of one latent
     latent_channels: int
 
     denoiser_part: ClassVar[str]
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     encoder_parts: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels along a side of one latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def part(self, name: str) -> torch.nn.Module:
         """The denoiser or a text encoder, by its name in the pipeline's folder."""
@@ -80,15 +84,35 @@ class PipelineFamily:
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
-        return self.decode(self._final_latents(latents.float()))
+        return self.decode(self._final_latents(latents.float(), noise.shape))
 
+    @torch.no_grad()
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32."""
+        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        shift, scale = self._latent_shift_and_scale()
+        mean, std = distribution.mean - shift, distribution.std
+        return torch.stack([mean, std], dim=1).float() * scale
+
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """(B, C, h, w) to (B, 3, H, W), about [-1, 1]."""
+        shift, scale = self._latent_shift_and_scale()
+        latents = latents.to(self.vae.device) / scale + shift
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
+
+    def _latent_shift_and_scale(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Scaled latents are (VAE's latents - shift) * scale; numbers of all channels, or (C, 1, 1) of each."""
+        config = self.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return config.shift_factor or 0, config.scaling_factor
+        mean, std = (torch.tensor(v, device=self.vae.device) for v in (config.latents_mean, config.latents_std))
+        return mean[:, None, None], config.scaling_factor / std[:, None, None]
 
     def _starting_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Noise as the pipeline's argument `latents` wants it."""
         return noise.float()
 
-    def _final_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the pipeline returns as latents to normalized ones."""
+    def _final_latents(self, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """What the pipeline returns as latents to normalized ones of this shape."""
         return latents

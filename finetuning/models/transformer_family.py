@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -22,14 +22,10 @@ PARTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 class TransformerFamily(PipelineFamily):
     """Base of the families whose denoiser is a transformer that predicts velocities.
 
-    Their text encoder is a language model of several GB. It is not trained.
-
     Attributes:
-        max_tokens: of a prompt, in the words around it that the model was trained with.
+        max_tokens: of a prompt, in the words around it, if there are any, that the model was trained with.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: torch.nn.Module
     transformer: torch.nn.Module
     scheduler: SchedulerMixin
     fingerprint: str
@@ -38,16 +34,29 @@ class TransformerFamily(PipelineFamily):
     denoiser_part: ClassVar[str] = "transformer"
     resolution: ClassVar[int] = 1024
 
-    def _set_up(self, shift: Callable[[int], float] | None, patch: int) -> None:
-        """Process and fingerprint. shift: of times, by tokens; patch: side of the square of latents of a token."""
+    def _set_up(self, patch: int, shift: Shift | None = None, sampling: str = "shifted") -> None:
+        """Process and fingerprint. patch: side of the square of latents of a token; the rest as in Flow."""
         if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise InputError(
                 f"{FLAG}={self.name}: its scheduler is a {type(self.scheduler).__name__}; this family is trained by "
                 "flow matching, with a FlowMatchEulerDiscreteScheduler"
             )
         tokens = (self.resolution // self.vae_scale // patch) ** 2
-        self.process = Flow(tokens=tokens, shift=shift or scheduler_shift(self.scheduler), patch=patch)
-        self.fingerprint = fingerprint((self.text_encoder, self.vae, self.transformer))
+        shift = shift or scheduler_shift(self.scheduler)
+        self.process = Flow(tokens=tokens, shift=shift, patch=patch, sampling=sampling)
+        encoders = [self.part(name) for name in self.text_parts]
+        self.fingerprint = fingerprint((*encoders, self.vae, self.transformer))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.transformer.config.in_channels
+
+
+class ChatFamily(TransformerFamily):
+    """Base of the families whose text encoder is a chat model of several GB, which is not trained."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: torch.nn.Module
 
     def chat(self, prompt: str) -> str:
         """The prompt in the words around it that the model was trained with."""

@@ -34,11 +34,6 @@ class UNetFamily(PipelineFamily):
     denoiser_part: ClassVar[str] = "unet"
 
     @property
-    def vae_scale(self) -> int:
-        """Pixels along a side of one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def prediction_type(self) -> str:
         """epsilon or v_prediction."""
         return self.noise_schedule.config.prediction_type
@@ -63,31 +58,6 @@ class UNetFamily(PipelineFamily):
     @property
     def latent_channels(self) -> int:
         return self.unet.config.in_channels
-
-    # Latents
-
-    @torch.no_grad()
-    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32."""
-        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        shift, scale = self._latent_shift_and_scale()
-        mean, std = distribution.mean - shift, distribution.std
-        return torch.stack([mean, std], dim=1).float() * scale
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, 3, H, W), about [-1, 1]."""
-        shift, scale = self._latent_shift_and_scale()
-        latents = latents.to(self.vae.device) / scale + shift
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
-
-    def _latent_shift_and_scale(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """Scaled latents are (VAE's latents - shift) * scale; numbers of all channels, or (C, 1, 1) of each."""
-        config = self.vae.config
-        if config.latents_mean is None or config.latents_std is None:
-            return config.shift_factor or 0, config.scaling_factor
-        mean, std = (torch.tensor(v, device=self.vae.device) for v in (config.latents_mean, config.latents_std))
-        return mean[:, None, None], config.scaling_factor / std[:, None, None]
 
     # Use
 

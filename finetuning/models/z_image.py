@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Qwen2Tokenizer
 from finetuning.family import Condition
 from finetuning.frame import Frame
 from finetuning.models.loading import PipelineFolder
-from finetuning.models.transformer_family import PARTS, TransformerFamily
+from finetuning.models.transformer_family import PARTS, ChatFamily
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
@@ -28,7 +28,7 @@ DRAWN = inspect.signature(ZImagePipeline.__call__).parameters  # the pipeline's 
 
 
 @dataclass
-class ZImage(TransformerFamily):
+class ZImage(ChatFamily):
     """The parts of a Z-Image pipeline.
 
     Attributes:
@@ -54,7 +54,7 @@ class ZImage(TransformerFamily):
     max_tokens: ClassVar[int] = DRAWN["max_sequence_length"].default
 
     def __post_init__(self):
-        self._set_up(shift=None, patch=2)
+        self._set_up(patch=2)
 
     @classmethod
     def load(cls, folder: PipelineFolder) -> ZImage:
@@ -75,18 +75,9 @@ class ZImage(TransformerFamily):
         )
 
     @property
-    def vae_scale(self) -> int:
-        """Pixels along a side of one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def multiple(self) -> int:
         """Both sides of an image in pixels must be multiples of it: of a patch of 2 × 2 latents."""
         return self.vae_scale * 2
-
-    @property
-    def latent_channels(self) -> int:
-        return self.transformer.config.in_channels
 
     # Conditions
 
@@ -127,21 +118,6 @@ class ZImage(TransformerFamily):
         texts = [text[mask] for text, mask in zip(condition["text"], condition["mask"])]
         outputs = denoiser(list(x_t[:, :, None].unbind()), 1 - t, texts, return_dict=False)[0]
         return -torch.stack(outputs)[:, :, 0]
-
-    # Latents
-
-    @torch.no_grad()
-    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] to mean and deviation of the normalized latents, (B, 2, C, h, w), float32."""
-        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        mean, std = distribution.mean - self.vae.config.shift_factor, distribution.std
-        return torch.stack([mean, std], dim=1).float() * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, 3, H, W), about [-1, 1]."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
 
     def pipeline(self) -> ZImagePipeline:
         """The pipeline over these very modules, without copies."""
