@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
 
 from finetuning.config import InputError
 
 
-def check_lengths(tokenizer: CLIPTokenizer, prompts: Sequence[str], flag: str) -> None:
-    """Raises InputError for each prompt that the tokenizer would cut."""
-    limit = tokenizer.model_max_length
+def check_lengths(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], flag: str, limit: int | None = None
+) -> None:
+    """Raises InputError for each prompt of more tokens than this limit, by default the tokenizer's own."""
+    limit = limit or tokenizer.model_max_length
     faults = []
     for prompt in dict.fromkeys(prompts):
         length = len(tokenizer(prompt).input_ids)
@@ -34,8 +36,15 @@ def check_tokenizer(
         )
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids of prompts, each padded to the length that the encoder reads, (B, tokens)."""
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str], cut: bool = False) -> torch.Tensor:
+    """Token ids of prompts, each padded to the length that the encoder reads, (B, tokens).
+
+    cut: what is longer; otherwise it raises ValueError.
+    """
     return tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=cut,
+        return_tensors="pt",
     ).input_ids

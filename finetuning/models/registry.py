@@ -12,8 +12,10 @@ import torch
 
 from finetuning.config import InputError
 from finetuning.family import Family
+from finetuning.models.flux import Flux
 from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.loading import FLAG, PipelineFolder
+from finetuning.models.sd3 import StableDiffusion3
 from finetuning.models.sdxl import StableDiffusionXL
 from finetuning.models.single_file import load_single_file
 from finetuning.models.z_image import ZImage
@@ -50,6 +52,10 @@ ROWS = {  # by the class that model_index.json names
     ),
     "Flux2KleinPipeline": Row("FLUX.2 klein base", Flux2Klein.load, "black-forest-labs/FLUX.2-klein-base-4B"),
     "ZImagePipeline": Row("Z-Image", ZImage.load, "Tongyi-MAI/Z-Image"),
+    "FluxPipeline": Row("FLUX.1-dev", Flux.load, "black-forest-labs/FLUX.1-dev"),
+    "StableDiffusion3Pipeline": Row(
+        "Stable Diffusion 3.5", StableDiffusion3.load, "stabilityai/stable-diffusion-3.5-medium"
+    ),
 }
 OTHER_TASKS = ("Inpaint", "Img2Img", "ImageToImage", "ControlNet", "Edit", "Upscale", "Depth2Img", "Kontext", "Fill")
 SUBSTITUTES = {  # of pipelines that make images from text and cannot be trained
@@ -151,6 +157,9 @@ def distillation(folder: PipelineFolder) -> str | None:
     denoiser = "transformer" if "transformer" in config else "unet"
     if _read_config(folder, denoiser).get("time_cond_proj_dim"):
         return "its UNet is told the scale of guidance"
+    is_told_guidance = _read_config(folder, denoiser).get("guidance_embeds", True)
+    if config.get("_class_name") == "FluxPipeline" and not is_told_guidance and not _shifts_times(folder):
+        return "no input of guidance and times that are not shifted by size, as FLUX.1-schnell has it"
     return said_distilled(_own_name(folder.name)) or said_distilled(str(config.get("_name_or_path", "")))
 
 
@@ -181,6 +190,11 @@ def _own_name(name: str) -> str:
         return name
     cached = [part for part in path.resolve().parts if part.startswith("models--")]
     return cached[-1].replace("--", "/") if cached else path.resolve().name
+
+
+def _shifts_times(folder: PipelineFolder) -> bool:
+    """Whether the sampler shifts its times by the size of the image."""
+    return bool(folder.scheduler().config.get("use_dynamic_shifting"))
 
 
 def _read_config(folder: PipelineFolder, part: str) -> dict:

@@ -88,54 +88,68 @@ def watched(pipeline: DiffusionPipeline) -> list[tuple]:
     return seen
 
 
+def stock(folder, name: str) -> DiffusionPipeline:
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder(name), **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: DiffusionPipeline, name: str, noise: torch.Tensor, steps: int, output_type: str):
+    return pipeline(
+        prompt=list(PROMPTS),  # a copy, for some pipelines change it
+        height=HEIGHT,
+        width=WIDTH,
+        latents=packed(noise) if name == "flux" else noise,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        output_type=output_type,
+    ).images
+
+
 def guided(name: str, with_prompt: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance (arXiv 2207.12598); Z-Image counts its scale from 0, the others from 1."""
+    """Classifier-free guidance (arXiv 2207.12598); Z-Image counts its scale from 0, FLUX.1 is told it as an input."""
+    if name == "flux":
+        return with_prompt
     scale = GUIDANCE if name == "z-image" else GUIDANCE - 1
     return with_prompt + scale * (with_prompt - without)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_predictions_are_those_of_the_stock_pipeline(name, folder, loaded):
-    base, stock = loaded(name), DiffusionPipeline.from_pretrained(folder(name))
-    stock.set_progress_bar_config(disable=True)
-    seen = watched(stock)
+    base, pipeline = loaded(name), stock(folder, name)
+    base.guidance = GUIDANCE  # which FLUX.1 alone reads
+    seen = watched(pipeline)
     noise = noise_of(base)
-    stock(
-        prompt=list(PROMPTS),  # a copy, for some pipelines change it
- height=HEIGHT, width=WIDTH, latents=noise, num_inference_steps=3, guidance_scale=GUIDANCE,
-        output_type="latent",
-    )  # fmt: skip
+    draw(pipeline, name, noise, 3, "latent")
     assert len(seen) >= 3
     for wanted, time, x_t in seen:
-        x_t = as_latents(x_t, noise.shape)
+        x_t, wanted = (as_latents(tensor, noise.shape, is_packed=name == "flux") for tensor in (x_t, wanted))
         t = time if isinstance(base.process, Diffusion) else time / 1000
         with torch.no_grad():
             predicted = guided(name, *(predict(base, x_t, t.expand(2), p) for p in (PROMPTS, ["", ""])))
-        wanted = as_latents(wanted, noise.shape)
         assert wanted.std() > 0.01
         torch.testing.assert_close(predicted, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
 
 
-def as_latents(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """(B, h * w, C), as some transformers have them, to (B, C, h, w)."""
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) to (B, h * w / 4, C * 4): tokens of 2 × 2, channel by channel, row by row."""
+    return torch.nn.functional.unfold(latents, 2, stride=2).transpose(1, 2)
+
+
+def as_latents(tensor: torch.Tensor, shape: torch.Size, is_packed: bool) -> torch.Tensor:
+    """Tokens, as some transformers have them, to (B, C, h, w)."""
+    if is_packed:
+        return torch.nn.functional.fold(tensor.transpose(1, 2), shape[2:], 2, stride=2)
     return tensor if tensor.ndim == 4 else tensor.transpose(1, 2).reshape(shape)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pictures_are_those_of_the_stock_pipeline(name, folder, loaded):
     """`draw`, from noise to pixels, decodes as the stock pipeline does."""
-    base, stock = loaded(name), DiffusionPipeline.from_pretrained(folder(name))
-    stock.set_progress_bar_config(disable=True)
+    base = loaded(name)
     noise = noise_of(base)
-    wanted = stock(
-        prompt=list(PROMPTS),
-        height=HEIGHT,
-        width=WIDTH,
-        latents=noise,
-        num_inference_steps=2,
-        guidance_scale=GUIDANCE,
-        output_type="pt",
-    ).images
+    wanted = draw(stock(folder, name), name, noise, 2, "pt")
     drawn = base.draw(PROMPTS, noise, steps=2, guidance_scale=GUIDANCE)
     assert drawn.shape == (2, 3, HEIGHT, WIDTH)
     torch.testing.assert_close((drawn / 2 + 0.5).clamp(0, 1), wanted, atol=1e-4, rtol=1e-4)

@@ -7,16 +7,19 @@ import shutil
 
 import pytest
 import torch
-from tiny_pipelines import BUILDERS
+from tiny_pipelines import BUILDERS, build_flux
 
 from finetuning.config import InputError
+from finetuning.models.flux import Flux
 from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.registry import load_family
+from finetuning.models.sd3 import StableDiffusion3
 from finetuning.models.sdxl import StableDiffusionXL
 from finetuning.models.z_image import ZImage
 from finetuning.stable_diffusion import StableDiffusion
 
 KINDS = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "flux2": Flux2Klein, "z-image": ZImage}
+KINDS |= {"flux": Flux, "sd3": StableDiffusion3, "sd3-without-t5": StableDiffusion3}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,14 @@ def test_models_whose_configuration_says_distilled(edited):
     assert "train black-forest-labs/FLUX.2-klein-base-4B instead" in refusal(folder)
     base = load_family(str(folder), allow_distilled=True)
     assert base.pipeline().config.is_distilled
+
+
+def test_flux_schnell_is_known_by_its_configuration(tmp_path):
+    folder = build_flux(tmp_path / "model", guidance_embeds=False)
+    assert "train black-forest-labs/FLUX.1-dev instead" in refusal(folder)
+    base = load_family(str(folder), allow_distilled=True)
+    x, condition = torch.zeros(1, *base.latent_shape(64)), base.condition(base.embed(["a mug"]))
+    assert base.predict(base.transformer, x, torch.ones(1), condition).shape == x.shape
 
 
 def test_words_within_names_are_no_distillation(edited):

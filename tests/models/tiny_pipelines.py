@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,12 +146,80 @@ def build_z_image(folder: Path) -> Path:
     return folder
 
 
+def build_flux(folder: Path, guidance_embeds: bool = True) -> Path:
+    """FLUX.1-dev: a CLIP and a T5, a transformer that is told the scale of guidance."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
+
+    torch.manual_seed(0)
+    vocabulary = build_tokenizer(folder / "tokenizer", 77)
+    t5_tokenizer = build_t5_tokenizer(folder / "tokenizer_2")
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds, shift=3.0),
+        vae=_autoencoder(4, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(_clip_config(vocabulary, 16)),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder_2=T5EncoderModel(_t5_config(t5_tokenizer, 24)),
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_sd3(folder: Path, has_t5: bool = True) -> Path:
+    """Stable Diffusion 3.5: two CLIPs, a T5 or none, and a block of two attentions, as the medium one has them."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
+
+    torch.manual_seed(0)
+    vocabulary = build_tokenizer(folder / "tokenizer", 77)
+    t5_tokenizer = build_t5_tokenizer(folder / "tokenizer_3") if has_t5 else None
+    StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_autoencoder(4, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(vocabulary, 16)),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(vocabulary, 24)),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!"),
+        text_encoder_3=T5EncoderModel(_t5_config(t5_tokenizer, 48)) if has_t5 else None,
+        tokenizer_3=t5_tokenizer,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            caption_projection_dim=32,
+            pooled_projection_dim=16 + 24,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd15": build_sd15,
     "sdxl": build_sdxl,
     "sdxl-v": build_sdxl_v_prediction,
     "flux2": build_flux2,
     "z-image": build_z_image,
+    "flux": build_flux,
+    "sd3": build_sd3,
+    "sd3-without-t5": partial(build_sd3, has_t5=False),
 }
 
 
@@ -184,6 +253,25 @@ def _qwen_config(tokenizer, layers: int):
         tie_word_embeddings=True,
         initializer_range=0.2,
     )
+
+
+def build_t5_tokenizer(folder: Path):
+    """A tokenizer of T5's kind that spells all words by their letters."""
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
+    tokenizer = T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _t5_config(tokenizer, width: int):
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
 
 
 def _clip_config(vocabulary: int, width: int):
