@@ -74,6 +74,39 @@ def test_conditions_of_a_batch_are_those_of_its_prompts(name, loaded):
         torch.testing.assert_close(both[i : i + 1], alone, atol=2e-5, rtol=1e-4)
 
 
+class Shared(torch.nn.Module):
+    """A module as processes share it: wrapped, and called in its place."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trained_text_encoders_are_called_in_the_place_of_the_frozen_ones(name, loaded):
+    base = loaded(name)
+    frozen = base.embed(PROMPTS)
+    for part in base.encoder_parts:
+        trained = deepcopy(base.part(part)).requires_grad_(True)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.mul_(1.5)
+        conditions = base.embed(PROMPTS, {part: Shared(trained)})
+        changed = [key for key in frozen[0] if not torch.equal(conditions[0][key], frozen[0][key])]
+        assert changed
+        x, t = noise_of(base), base.process.spread_times(2)
+        base.predict(base.part(base.denoiser_part), x, t, base.condition(conditions, FRAMES)).sum().backward()
+        first = trained.get_input_embeddings().weight
+        assert first.grad is not None and first.grad.abs().sum() > 0
+        other = deepcopy(base)
+        setattr(other, part, trained)
+        for one, same in zip(conditions, other.embed(PROMPTS)):
+            assert all(torch.equal(one[key], same[key]) for key in one)
+
+
 def watched(pipeline: DiffusionPipeline) -> list[tuple]:
     """The arguments that the pipeline's scheduler is given in each step: prediction, time, x_t."""
     seen, kind = [], type(pipeline.scheduler)
