@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -81,7 +81,7 @@ class PipelineFamily:
             width=noise.shape[3] * self.vae_scale,
             latents=self._starting_latents(noise.to(self.part(self.denoiser_part).device)),
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            **self._guidance(prompts, guidance_scale),
             output_type="latent",
         ).images
         return self.decode(self._final_latents(latents.float(), noise.shape))
@@ -108,6 +108,10 @@ class PipelineFamily:
             return config.shift_factor or 0, config.scaling_factor
         mean, std = (torch.tensor(v, device=self.vae.device) for v in (config.latents_mean, config.latents_std))
         return mean[:, None, None], config.scaling_factor / std[:, None, None]
+
+    def _guidance(self, prompts: Sequence[str], scale: float) -> dict[str, Any]:
+        """The pipeline's arguments for guidance of this scale, away from an empty prompt."""
+        return {"guidance_scale": scale}
 
     def _starting_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Noise as the pipeline's argument `latents` wants it."""

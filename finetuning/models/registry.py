@@ -15,6 +15,7 @@ from finetuning.family import Family
 from finetuning.models.flux import Flux
 from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.loading import FLAG, PipelineFolder
+from finetuning.models.qwen_image import QwenImage
 from finetuning.models.sd3 import StableDiffusion3
 from finetuning.models.sdxl import StableDiffusionXL
 from finetuning.models.single_file import load_single_file
@@ -52,6 +53,7 @@ ROWS = {  # by the class that model_index.json names
     ),
     "Flux2KleinPipeline": Row("FLUX.2 klein base", Flux2Klein.load, "black-forest-labs/FLUX.2-klein-base-4B"),
     "ZImagePipeline": Row("Z-Image", ZImage.load, "Tongyi-MAI/Z-Image"),
+    "QwenImagePipeline": Row("Qwen-Image", QwenImage.load, "Qwen/Qwen-Image"),
     "FluxPipeline": Row("FLUX.1-dev", Flux.load, "black-forest-labs/FLUX.1-dev"),
     "StableDiffusion3Pipeline": Row(
         "Stable Diffusion 3.5", StableDiffusion3.load, "stabilityai/stable-diffusion-3.5-medium"

@@ -27,6 +27,7 @@ HEIGHT, WIDTH = 64, 96
 FRAMES = [Frame((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))] * 2
 GUIDANCE = 3.0
 FAMILIES = list(BUILDERS)
+PACKED = ("flux", "qwen-image")  # whose pipelines take and return tokens of 2 × 2 latents
 
 
 @pytest.fixture(scope="session")
@@ -129,14 +130,17 @@ def stock(folder, name: str) -> DiffusionPipeline:
 
 
 def draw(pipeline: DiffusionPipeline, name: str, noise: torch.Tensor, steps: int, output_type: str):
+    guidance = {"guidance_scale": GUIDANCE}
+    if name == "qwen-image":
+        guidance = {"true_cfg_scale": GUIDANCE, "negative_prompt": ["", ""]}
     return pipeline(
         prompt=list(PROMPTS),  # a copy, for some pipelines change it
         height=HEIGHT,
         width=WIDTH,
-        latents=packed(noise) if name == "flux" else noise,
+        latents=packed(noise) if name in PACKED else noise,
         num_inference_steps=steps,
-        guidance_scale=GUIDANCE,
         output_type=output_type,
+        **guidance,
     ).images
 
 
@@ -145,7 +149,13 @@ def guided(name: str, with_prompt: torch.Tensor, without: torch.Tensor) -> torch
     if name == "flux":
         return with_prompt
     scale = GUIDANCE if name == "z-image" else GUIDANCE - 1
-    return with_prompt + scale * (with_prompt - without)
+    both = with_prompt + scale * (with_prompt - without)
+    if name == "qwen-image":  # which keeps the length of each token
+        tokens = (
+            packed(both) * packed(with_prompt).norm(dim=-1, keepdim=True) / packed(both).norm(dim=-1, keepdim=True)
+        )
+        return as_latents(tokens, both.shape, is_packed=True)
+    return both
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -157,7 +167,7 @@ def test_predictions_are_those_of_the_stock_pipeline(name, folder, loaded):
     draw(pipeline, name, noise, 3, "latent")
     assert len(seen) >= 3
     for wanted, time, x_t in seen:
-        x_t, wanted = (as_latents(tensor, noise.shape, is_packed=name == "flux") for tensor in (x_t, wanted))
+        x_t, wanted = (as_latents(tensor, noise.shape, is_packed=name in PACKED) for tensor in (x_t, wanted))
         t = time if isinstance(base.process, Diffusion) else time / 1000
         with torch.no_grad():
             predicted = guided(name, *(predict(base, x_t, t.expand(2), p) for p in (PROMPTS, ["", ""])))
@@ -188,6 +198,10 @@ def test_pictures_are_those_of_the_stock_pipeline(name, folder, loaded):
     torch.testing.assert_close((drawn / 2 + 0.5).clamp(0, 1), wanted, atol=1e-4, rtol=1e-4)
 
 
+def to_vae(name: str, pixels: torch.Tensor) -> torch.Tensor:
+    return pixels[:, :, None] if name == "qwen-image" else pixels  # a video of one frame
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_latents_of_an_image_are_decoded_to_what_the_vae_alone_makes_of_it(name, loaded):
     base = loaded(name)
@@ -195,8 +209,8 @@ def test_latents_of_an_image_are_decoded_to_what_the_vae_alone_makes_of_it(name,
     moments = base.moments(pixels)
     assert moments.dtype == torch.float32 and moments.shape == (2, 2, *noise_of(base).shape[1:])
     with torch.no_grad():
-        mode = base.vae.encode(pixels).latent_dist.mode()
-        wanted = base.vae.decode(mode).sample
+        mode = base.vae.encode(to_vae(name, pixels)).latent_dist.mode()
+        wanted = base.vae.decode(mode).sample.reshape(pixels.shape)
     torch.testing.assert_close(base.decode(moments[:, 0]), wanted, atol=1e-5, rtol=1e-4)
     channels, h, w = base.latent_shape(HEIGHT)
     assert moments.shape[2:] == (channels, h, w * WIDTH // HEIGHT)
@@ -209,8 +223,8 @@ def test_deviations_of_latents_are_those_of_draws(name, loaded):
     pixels = normal((3, HEIGHT, WIDTH), 2, "pixels", range(1)).clamp(-1, 1)
     mean, deviation = base.moments(pixels).unbind(1)
     with torch.no_grad():
-        distribution = base.vae.encode(pixels).latent_dist
-        wanted = base.vae.decode(distribution.mean + distribution.std).sample
+        distribution = base.vae.encode(to_vae(name, pixels)).latent_dist
+        wanted = base.vae.decode(distribution.mean + distribution.std).sample.reshape(pixels.shape)
     torch.testing.assert_close(base.decode(mean + deviation), wanted, atol=1e-5, rtol=1e-4)
 
 

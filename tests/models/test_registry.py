@@ -12,6 +12,7 @@ from tiny_pipelines import BUILDERS, build_flux
 from finetuning.config import InputError
 from finetuning.models.flux import Flux
 from finetuning.models.flux2 import Flux2Klein
+from finetuning.models.qwen_image import QwenImage
 from finetuning.models.registry import load_family
 from finetuning.models.sd3 import StableDiffusion3
 from finetuning.models.sdxl import StableDiffusionXL
@@ -19,7 +20,7 @@ from finetuning.models.z_image import ZImage
 from finetuning.stable_diffusion import StableDiffusion
 
 KINDS = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "flux2": Flux2Klein, "z-image": ZImage}
-KINDS |= {"flux": Flux, "sd3": StableDiffusion3, "sd3-without-t5": StableDiffusion3}
+KINDS |= {"qwen-image": QwenImage, "flux": Flux, "sd3": StableDiffusion3, "sd3-without-t5": StableDiffusion3}
 
 
 @pytest.fixture(scope="module")

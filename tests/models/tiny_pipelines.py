@@ -211,12 +211,49 @@ def build_sd3(folder: Path, has_t5: bool = True) -> Path:
     return folder
 
 
+def build_qwen_image(folder: Path) -> Path:
+    """Qwen-Image: a Qwen 2.5-VL, of which only the text is read, and a VAE of videos."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = build_qwen_tokenizer(folder / "tokenizer")
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[0.5, 1.5, 2.0, 0.8],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ).eval(),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd15": build_sd15,
     "sdxl": build_sdxl,
     "sdxl-v": build_sdxl_v_prediction,
     "flux2": build_flux2,
     "z-image": build_z_image,
+    "qwen-image": build_qwen_image,
     "flux": build_flux,
     "sd3": build_sd3,
     "sd3-without-t5": partial(build_sd3, has_t5=False),
