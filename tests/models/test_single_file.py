@@ -127,6 +127,7 @@ def test_other_files_are_refused(sdxl, tmp_path):
     vae = "first_stage_model.decoder.conv_in.weight"
     second = {SD2.key: torch.ones(1), first: torch.ones(1, 4, 1, 1), vae: torch.ones(1)}
     assert "does not say whether it predicts noise or v" in refusal(second)
+    assert f"train {XL.base} instead" in refusal(tensors, "dreamshaperXL_v21TurboDPMSDE.safetensors")
     assert "no .safetensors file" in refusal(tensors, "model.ckpt")
     assert "--revision=main: " in refusal(tensors, revision="main")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
