@@ -13,7 +13,7 @@ from peft import PeftConfig
 from finetuning.adapters.adapter import ADAPTER_WEIGHTS
 from finetuning.adapters.stored import ADAPTER_CONFIG, plain_name, read_config, read_tensors, split_key
 from finetuning.errors import InputError
-from finetuning.models.loading import MIRRORS
+from finetuning.models.pipeline_folder import MIRRORS
 from finetuning.run_folder import CONFIG
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig

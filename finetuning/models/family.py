@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
+from finetuning.models.fingerprint import Fingerprint
 from finetuning.models.frame import Frame
 from finetuning.objective.process import Process
 
@@ -31,6 +32,7 @@ class Family(Protocol):
         multiple: both sides of an image, in pixels, must be multiples of this number.
         resolution: the side of the square, in pixels, that the model was made for.
         fingerprint: a hash of the weights and the configuration as they were loaded, whatever the folder is called.
+        scheduler: the model's own sampler; revision: branch or commit on the hub, None = main.
     """
 
     name: str
@@ -40,13 +42,21 @@ class Family(Protocol):
     process: Process
     multiple: int
     resolution: int
-    fingerprint: str
+    fingerprint: Fingerprint
+    scheduler: SchedulerMixin
+    revision: str | None
 
     def part(self, name: str) -> torch.nn.Module:
         """The denoiser or a text encoder, by its name in the pipeline's folder."""
 
     def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
         """Raises InputError, which names the flag, for each prompt that is too long for the text encoders."""
+
+    def check_captions(self, captions: Sequence[tuple[str, str]], long_captions: str) -> None:
+        """See that the text encoders can read all captions, (place, text), or cut them from now on, if they may be."""
+
+    def check_resolution(self, resolution: int | None) -> int:
+        """The side in pixels to train at, by default the model's own. Raises InputError if the denoiser cannot."""
 
     def embed(self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] | None = None) -> list[Condition]:
         """What conditions on each prompt alone, without a batch's padding, so that it can be kept.
@@ -71,28 +81,26 @@ class Family(Protocol):
     ) -> torch.Tensor:
         """What the process asks for, (B, C, h, w), by the denoiser as it is given: bare, or as processes share it."""
 
-    def sample(
-        self,
-        pipeline: DiffusionPipeline,
-        prompts: Sequence[str],
-        noise: torch.Tensor,
-        *,
-        steps: int,
-        guidance_scale: float,
-        generators: list[torch.Generator],
-        **more: Any,
-    ) -> torch.Tensor:
-        """Normalized latents of pictures, (B, C, h, w) float32, that a pipeline draws from this noise, (B, C, h, w).
-
-        Args:
-            pipeline: as `pipeline()` makes it, or one that also reads a control image.
-            steps, guidance_scale: of the denoising.
-            generators: one for each picture, for samplers that add noise on the way.
-            more: further arguments of the pipeline.
-        """
-
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing learns any more; everything goes to the device and, but for the VAE, to this precision."""
 
     def pipeline(self) -> DiffusionPipeline:
         """The library's own pipeline over these very modules: all drawing goes through it."""
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        pipeline: DiffusionPipeline | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], that the pipeline draws from standard normal noise, (B, C, h, w).
+
+        Args:
+            steps, guidance_scale: of the denoising.
+            pipeline: another than the family's own, over the same modules, e.g. one that also reads a control image.
+            more: further arguments of the pipeline, e.g. a `generator` for each picture.
+        """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ INPUTS = {  # settings of a UNet by which it takes more than Stable Diffusion gi
 }
 
 
-def foreign_unet(unet: Mapping[str, Any], latent_channels: int, text_width: int) -> str | None:
-    """What is foreign to Stable Diffusion 1.x and 2.x in a UNet, as the rest of a sentence, or None.
+def foreign_unet(
+    unet: Mapping[str, Any], latent_channels: int, text_width: int, own_inputs: Sequence[str] = ()
+) -> str | None:
+    """What is foreign to Stable Diffusion in a UNet, as the rest of a sentence, or None.
 
     Args:
         unet: its configuration; latent_channels: of the VAE; text_width: of the text encoder's hidden states.
+        own_inputs: those of INPUTS that the family gives its UNet.
     """
     for name, what in INPUTS.items():
-        if unet.get(name) is not None:
+        if unet.get(name) is not None and name not in own_inputs:
             return f"its UNet takes {what} ({name})"
     n, given = latent_channels, unet["in_channels"]
     if given != n:

@@ -1,18 +1,15 @@
-"""The base model: load, check, encode images and prompts, decode latents."""
+"""Stable Diffusion 1.x and 2.x: a UNet that reads one CLIP."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
@@ -20,28 +17,20 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetuning.errors import InputError
+from finetuning.models.clip import token_ids
 from finetuning.models.family import Condition
-from finetuning.models.fingerprint import Fingerprint
 from finetuning.models.frame import Frame
+from finetuning.models.unet_family import UNetFamily
 from finetuning.models.unet_layers import UNET_PRESETS
 from finetuning.objective.process import Diffusion
 
-logger = logging.getLogger(__name__)
-
-
-TOKENIZED = 4096  # prompts at a time
-
 
 @dataclass
-class StableDiffusion:
+class StableDiffusion(UNetFamily):
     """The parts of a Stable Diffusion pipeline.
 
     Attributes:
         name: folder or hub name; revision: branch or commit, None = main.
-        scheduler: the model's own sampler.
-        noise_schedule: its training-time noise schedule, x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
-        cuts_prompts: prompts that are too long for the text encoder are cut to what it reads; otherwise an error.
     """
 
     name: str
@@ -52,109 +41,21 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     noise_schedule: DDPMScheduler
-    cuts_prompts: bool = False
 
-    denoiser_part: ClassVar[str] = "unet"
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     presets: ClassVar[dict[str, list[str]]] = UNET_PRESETS
 
     def __post_init__(self):
         self.process = Diffusion(self.noise_schedule.alphas_cumprod, self.prediction_type)
 
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """A short hash of the model as it was loaded, whatever its folder is called. Reads all weights once."""
-        return Fingerprint.of(self)
-
-    @property
-    def vae_scale(self) -> int:
-        """Pixels along a side of one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def prediction_type(self) -> str:
-        """epsilon or v_prediction."""
-        return self.noise_schedule.config.prediction_type
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of an image in pixels must be multiples of it, or the UNet could not halve them."""
-        return self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
-
-    def part(self, name: str) -> torch.nn.Module:
-        """The UNet or the text encoder, by its name in the pipeline's folder."""
-        return getattr(self, name)
-
-    def check_resolution(self, resolution: int | None) -> int:
-        """The resolution to train at, by default the model's own.
-
-        Raises:
-            InputError: the UNet cannot halve it as often as it must.
-        """
-        if resolution is None:
-            return self.resolution
-        if resolution % self.multiple:
-            near = max(self.multiple, round(resolution / self.multiple) * self.multiple)
-            raise InputError(
-                f"--resolution={resolution}: must be a multiple of {self.multiple} for this model, e.g. {near}"
-            )
-        return resolution
-
-    @property
-    def resolution(self) -> int:
-        """The side in pixels that the UNet was made for."""
-        return self.unet.config.sample_size * self.vae_scale
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return (self.unet.config.in_channels, resolution // self.vae_scale, resolution // self.vae_scale)
-
     # Encoding
 
-    def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
-        """Raises InputError for each prompt that the tokenizer would cut."""
-        limit = self.tokenizer.model_max_length
-        faults = [
-            f"{flag}={prompt!r}: {length} tokens, the model reads {limit}; shorten the prompt"
-            for prompt, length in self.too_long(prompts).items()
-        ]
-        if faults:
-            raise InputError(*faults)
+    @property
+    def token_limit(self) -> int:
+        return self.tokenizer.model_max_length
 
-    def check_captions(self, captions: Sequence[tuple[str, str]], long_captions: str) -> None:
-        """See that the text encoder can read all captions, or from now on cut those that are too long for it.
-
-        Args:
-            captions: where each is written, and its text; long_captions: refuse or cut, what the user wants.
-
-        Raises:
-            InputError: captions that are too long, unless they may be cut; says where they are, at most 20.
-        """
-        captions = list(dict.fromkeys(captions))  # photos may be held out and trained on
-        limit, lengths = self.tokenizer.model_max_length, self.too_long(text for _, text in captions)
-        long = [(where, lengths[text]) for where, text in captions if text in lengths]
-        if not long:
-            return
-        if long_captions == "cut":
-            self.cuts_prompts = True
-            logger.info(
-                "--long_captions=cut: %d of %d captions have more than the %d tokens that the text encoder reads; the "
-                "rest of them is not seen",
-                len(long), len(captions), limit,
-            )  # fmt: skip
-            return
-        faults = [f"{where}: a caption of {length} tokens, the model reads {limit}" for where, length in long[:20]]
-        more = f" (and {len(long) - 20} more)" if len(long) > 20 else ""
-        raise InputError(*faults[:-1], f"{faults[-1]}{more}; shorten them, or give --long_captions=cut")
-
-    def too_long(self, prompts: Iterable[str]) -> dict[str, int]:
-        """The different prompts of more tokens than the text encoder reads, and how many they have."""
-        found, prompts = {}, list(dict.fromkeys(prompts))
-        for start in range(0, len(prompts), TOKENIZED):
-            part = prompts[start : start + TOKENIZED]
-            for prompt, ids in zip(part, self.tokenizer(part).input_ids):
-                if len(ids) > self.tokenizer.model_max_length:
-                    found[prompt] = len(ids)
-        return found
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(list(prompts)).input_ids]
 
     def embed(
         self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] = MappingProxyType({})
@@ -164,13 +65,7 @@ class StableDiffusion:
         encoders: {"text_encoder": …} to call in the place of the model's own, where it is trained.
         """
         text_encoder = encoders.get("text_encoder", self.text_encoder)
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=self.cuts_prompts,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
+        ids = token_ids(self.tokenizer, prompts, cut=self.cuts_prompts)
         states = text_encoder(ids.to(self.text_encoder.device), return_dict=False)[0]  # (B, tokens, width)
         return [{"text": text} for text in states]
 
@@ -187,59 +82,6 @@ class StableDiffusion:
     ) -> torch.Tensor:
         """What the UNet predicts, noise or v, (B, C, h, w). x_t: (B, C, h, w); t: (B,)."""
         return denoiser(x_t, t, **self.arguments(condition)).sample
-
-    def sample(
-        self,
-        pipeline: StableDiffusionPipeline,
-        prompts: Sequence[str],
-        noise: torch.Tensor,
-        *,
-        steps: int,
-        guidance_scale: float,
-        generators: list[torch.Generator],
-        **more: Any,
-    ) -> torch.Tensor:
-        """Latents of pictures, (B, C, h, w) float32, drawn from this noise, (B, C, h, w). more: for the pipeline."""
-        latents = pipeline(
-            prompt=list(prompts),
-            negative_prompt=[""] * len(prompts),
-            latents=noise.to(self.text_encoder.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generators,
-            output_type="latent",
-            **more,
-        ).images
-        return latents.float()
-
-    @torch.no_grad()
-    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, (B, 2, C, h, w), float32."""
-        distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        mean, std = distribution.mean - (self.vae.config.shift_factor or 0), distribution.std
-        return torch.stack([mean, std], dim=1).float() * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, 3, H, W), about [-1, 1]."""
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
-
-    # Use
-
-    def rescale_to_zero_terminal_snr(self) -> None:
-        """Train and sample on a schedule whose last step is pure noise (arXiv 2305.08891)."""
-        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        self.noise_schedule = DDPMScheduler.from_config(self.noise_schedule.config, **changes)
-        self.scheduler = DDIMScheduler.from_config(self.scheduler.config, **changes)
-        self.process = replace(self.process, alpha_bar=self.noise_schedule.alphas_cumprod).to(self.unet.device)
-
-    def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Nothing learns; UNet and text encoder to `dtype`. The VAE stays float32: half precision would spoil it."""
-        _ = self.fingerprint  # of the weights as they were loaded
-        for part, to in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
-            part.requires_grad_(False).eval().to(device, to)
-        self.process = self.process.to(device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The pipeline over these very modules, without copies."""
