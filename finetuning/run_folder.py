@@ -19,8 +19,8 @@ COMPARISON = "comparison.png"
 VALIDATION = "validation"  # folder of the pictures on the way
 MANIFEST = "manifest.json"  # in each part: its files and their hashes
 PARTS = (
-    "unet", "text_encoder", "hint_encoder", "controlnet", "vae", "tokenizer", "scheduler", "safety_checker",
-    "feature_extractor", "image_encoder",
+    "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "hint_encoder", "controlnet", "vae",
+    "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "safety_checker", "feature_extractor", "image_encoder",
 )  # fmt: skip
 FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", CARD, COMPARISON)
 ADAPTERS = ("adapter_config.json", "adapter_model.*")  # of peft, which a run has in unet/

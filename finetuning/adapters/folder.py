@@ -20,7 +20,7 @@ from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.fields import value_faults
 from finetuning.settings.yaml_file import read_yaml
 
-PARTS = ("unet", "text_encoder")
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 SHARED = (  # of a repository on the hub: adapters, a hint encoder, a ControlNet
     CONFIG,
     f"*{ADAPTER_CONFIG}",
@@ -103,7 +103,7 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
     """{part: folder in peft's format} of what a path holds.
 
     Args:
-        modules: UNet and text encoder, by whose layers a folder without parts is told to be the one's or the other's.
+        modules: denoiser and text encoders, by whose layers a folder without parts is told to be of one of them.
 
     Raises:
         InputError: no adapter, one that is not stored as safetensors or that cannot be given a strength, or one for a
@@ -166,7 +166,8 @@ def _is_same_model(a: str, b: str) -> bool:
     left, right = Path(a), Path(b)
     if not (left.is_dir() and right.is_dir()):
         return False
-    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in PARTS)
+    parts = [part for part in PARTS if (left / part).is_dir() or (right / part).is_dir()]
+    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in parts)
 
 
 def _has_same_weights(left: Path, right: Path) -> bool:

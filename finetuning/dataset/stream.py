@@ -71,6 +71,7 @@ class ImageStream:
         name: keeps the randomness of several streams apart, e.g. "instance" and "class".
         moments: per image, mean and standard deviation of its latents and of its mirror image's, (1 or 2, 2, C, h, w);
             None = read the files.
+        frames: how each image was cut for its moments; None where files are read.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ImageStream:
     transform: Transform
     seed: int
     moments: list[torch.Tensor] | None = None
+    frames: list[Frame] | None = None
 
     def index(self, position: int) -> int:
         """Which image is seen at this position."""
@@ -113,28 +115,38 @@ class ImageStream:
     def cache(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Keep the moments of every image, upright and mirrored; `encode` maps (B, 3, H, W) to (B, 2, C, h, w)."""
         middle = replace(self.transform, random_flip=False, center_crop=True)
-        moments = {}
+        moments, frames = {}, {}
         for path in dict.fromkeys(example.path for example in self.examples):
-            upright = to_tensor(middle.crop(open_image(path)))
+            image = open_image(path)
+            frames[path] = middle.frame(image.size)
+            upright = to_tensor(middle.cut(image, frames[path]))
             views = [upright, upright.flip(-1)] if self.transform.random_flip else [upright]
             moments[path] = encode(torch.stack(views)).cpu()
         self.moments = [moments[example.path] for example in self.examples]
+        self.frames = [frames[example.path] for example in self.examples]
 
     def fixed(self, count: int) -> Batch:
         """The first `count` images, as often as needed, uncropped by chance; always the same, for measuring."""
         middle = Transform(self.transform.resolution, center_crop=True)
         chosen = [self.examples[i % len(self.examples)] for i in range(count)]
-        pixels = torch.stack([to_tensor(middle.crop(open_image(example.path))) for example in chosen])
+        images = [open_image(example.path) for example in chosen]
+        frames = [middle.frame(image.size) for image in images]
+        pixels = torch.stack([to_tensor(middle.cut(image, frame)) for image, frame in zip(images, frames)])
         keys = [f"held-out/{self.name}/{i}" for i in range(count)]
-        return Batch([Images(pixels=pixels)], [example.prompt for example in chosen], keys)
+        return Batch([Images(pixels=pixels)], [example.prompt for example in chosen], keys, frames=frames)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, str, str]:
         """Returns pixels (3, H, W) or moments (2, C, h, w), the prompt, and the key of the sample's randomness."""
+        return self.sample(position)[:3]
+
+    def sample(self, position: int) -> tuple[torch.Tensor, str, str, Frame]:
+        """The same, and how the image was cut."""
         index, key = self.index(position), f"{self.name}/{position}"
         random, example = generator(self.seed, "transform", key), self.examples[index]
-        if self.moments is None:
-            return self.transform(open_image(example.path), random), example.prompt, key
-        return self.moments[index][int(self.transform.flips(random))], example.prompt, key
+        if self.moments is None or self.frames is None:
+            image, frame = self.transform.framed(open_image(example.path), random)
+            return to_tensor(image), example.prompt, key, frame
+        return self.moments[index][int(self.transform.flips(random))], example.prompt, key, self.frames[index]
 
 
 class Batches(torch.utils.data.Dataset):
@@ -144,14 +156,15 @@ class Batches(torch.utils.data.Dataset):
         self.streams, self.size = list(streams), size
 
     def __getitem__(self, number: int) -> Batch:
-        images, prompts, keys = [], [], []
+        images, prompts, keys, frames = [], [], [], []
         for stream in self.streams:
-            rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
+            rows = [stream.sample(p) for p in range(number * self.size, (number + 1) * self.size)]
             stack = torch.stack([row[0] for row in rows])
             images.append(Images(pixels=stack) if stream.moments is None else Images(moments=stack))
             prompts += [row[1] for row in rows]
             keys += [row[2] for row in rows]
-        return Batch(images, prompts, keys)
+            frames += [row[3] for row in rows]
+        return Batch(images, prompts, keys, frames=frames)
 
     def load(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
         """The batches of these numbers, read ahead by `workers` processes where files are read.

@@ -9,6 +9,7 @@ import torch
 
 from finetuning.adapters.adapter import Adapter, disabled
 from finetuning.models.family import Family
+from finetuning.models.frame import Frame
 from finetuning.modes import evaluating
 
 
@@ -29,9 +30,17 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str], adapters: Iterable[Adapter]
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        prompts: Sequence[str],
+        adapters: Iterable[Adapter],
+        frames: Sequence[Frame] | None = None,
     ) -> torch.Tensor:
-        """The prediction (N, C, h, w), float32. x_t: (N, C, h, w); t: (N,); adapters: those that are switched off."""
-        condition = self.base.condition([self.texts[prompt] for prompt in prompts])
+        """The prediction (N, C, h, w), float32.
+
+        x_t: (N, C, h, w); t: (N,); adapters: those that are switched off; frames: how the images were cut.
+        """
+        condition = self.base.condition([self.texts[prompt] for prompt in prompts], frames)
         with disabled(adapters), evaluating(self.denoiser):
             return self.base.predict(self.denoiser, x_t, t, condition).float()

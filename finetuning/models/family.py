@@ -33,6 +33,8 @@ class Family(Protocol):
         resolution: the side of the square, in pixels, that the model was made for.
         fingerprint: a hash of the weights and the configuration as they were loaded, whatever the folder is called.
         scheduler: the model's own sampler; revision: branch or commit on the hub, None = main.
+        is_told_guidance: whether the denoiser has an input for the scale of guidance.
+        guidance: the scale that it is then told in training; 1 means none.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Family(Protocol):
     fingerprint: Fingerprint
     scheduler: SchedulerMixin
     revision: str | None
+    is_told_guidance: bool
+    guidance: float
 
     def part(self, name: str) -> torch.nn.Module:
         """The denoiser or a text encoder, by its name in the pipeline's folder."""

@@ -91,6 +91,10 @@ class Flux(TransformerFamily):
         }
 
     @property
+    def is_told_guidance(self) -> bool:
+        return self.transformer.config.guidance_embeds
+
+    @property
     def multiple(self) -> int:
         """Both sides of an image in pixels must be multiples of it: of a patch of 2 × 2 latents."""
         return self.vae_scale * 2
@@ -133,11 +137,10 @@ class Flux(TransformerFamily):
     ) -> torch.Tensor:
         """The velocity noise - x_0, (B, C, h, w). x_t: (B, C, h, w); t: σ in [0, 1], (B,)."""
         B, C, h, w = x_t.shape
-        is_told_guidance = self.transformer.config.guidance_embeds
         velocity = denoiser(
             hidden_states=FluxPipeline._pack_latents(x_t, B, C, h, w),  # (B, h · w / 4, 4 · C)
             timestep=t,
-            guidance=torch.full((B,), self.guidance, device=x_t.device) if is_told_guidance else None,
+            guidance=torch.full((B,), self.guidance, device=x_t.device) if self.is_told_guidance else None,
             pooled_projections=condition["pooled"],
             encoder_hidden_states=condition["text"],
             txt_ids=torch.zeros(condition["text"].shape[1], 3, device=x_t.device),

@@ -26,6 +26,8 @@ class PipelineFamily:
         name: folder or hub name.
         text_parts: all text encoders; encoder_parts: those of them that may be trained.
         settings_that_count: attributes that change what is computed, for the fingerprint.
+        is_told_guidance: whether the denoiser has an input for the scale of guidance.
+        guidance: the scale that it is then told in training.
         cuts_prompts: prompts that are too long for the text encoders are cut to what they read; otherwise an error.
     """
 
@@ -41,6 +43,8 @@ class PipelineFamily:
     encoder_parts: ClassVar[tuple[str, ...]] = ()
     settings_that_count: ClassVar[tuple[str, ...]] = ()
     cuts_prompts: bool = False
+    is_told_guidance: bool = False
+    guidance: float = 1.0
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -23,7 +23,9 @@ from finetuning.files import save_picture, write
 from finetuning.randomness import generator
 
 RECORD = "record.json"
-PARTS = ("unet", "text_encoder", "hint_encoder", ".")  # where a run has weights; a ControlNet lies at its root
+PARTS = (  # where a run has weights; a ControlNet lies at its root
+    "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "hint_encoder", ".",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
