@@ -25,7 +25,7 @@ import torch
 from finetuning.adapters.choice import AdapterChoice, find_run_setting, load_chosen
 from finetuning.adapters.pipelines import merge_adapter, unload_adapter
 from finetuning.evaluation.score_table import markdown
-from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.pictures.generation import PictureOrder, check_size, draw
 from finetuning.run.device import choose_device
 from finetuning.settings.fields import Config, Group, read_config, run_command, setting
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     unload_adapter(pipelines["base model"])
     merge_adapter(pipelines["adapters merged"])
-    size = pipelines["base model"].unet.config.sample_size * pipelines["base model"].vae_scale_factor
+    size = check_size(None, pipelines["base model"])
     guidance = find_run_setting(config.adapters, "guidance_scale", 7.5)
     order = PictureOrder(timing.prompt, seed=0, steps=timing.num_inference_steps, guidance_scale=guidance, size=size)
 

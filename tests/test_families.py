@@ -224,3 +224,35 @@ def test_control_is_trained_on_stable_diffusion_alone(name, base, tmp_path, caps
     arguments += [f"--pretrained_model_name_or_path={base(name)}", f"--output_dir={tmp_path / 'output'}"]
     assert run_command(train_controlnet.main, arguments) == 2
     assert "control is trained on Stable Diffusion 1.x and 2.x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["boft", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scripts_draw_merge_and_export(name, method, base, trained, tmp_path):
+    """What generate, merge and export write; the exported files in the stock pipeline draw as the adapter does."""
+    from scripts import export, generate, merge
+
+    run_folder = f"--adapter={trained(name, method)}"
+    generate.main(
+        [run_folder, f"--prompt={PROMPT}", "--num_inference_steps=2", "--resolution=64", f"--output_dir={tmp_path}"]
+    )
+    assert (tmp_path / "grid.png").exists()
+    ours = load_base(str(base(name)))
+    load_adapter(ours, trained(name, method))
+    wanted = draw(ours, name)
+
+    merge.main([run_folder, f"--output_dir={tmp_path / 'merged'}"])
+    np.testing.assert_allclose(draw(stock(tmp_path / "merged", name), name), wanted, atol=1e-4)
+
+    export.main([run_folder, "--format=peft", f"--output={tmp_path / 'peft'}"])
+    theirs = stock(base(name), name)
+    for part in trained_parts(base(name), name):
+        module = PeftModel.from_pretrained(getattr(theirs, part), tmp_path / "peft" / part).get_base_model()
+        setattr(theirs, part, module)
+    np.testing.assert_allclose(draw(theirs, name), wanted, atol=1e-3)
+
+    file = tmp_path / "lora.safetensors"
+    export.main([run_folder, "--format=lora", f"--output={file}", "--rank=1000"])
+    theirs = stock(base(name), name)
+    theirs.load_lora_weights(str(file))
+    np.testing.assert_allclose(draw(theirs, name), wanted, atol=1e-3)

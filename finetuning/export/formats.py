@@ -27,7 +27,7 @@ from finetuning.errors import InputError
 from finetuning.export.original_layout import original_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 
 # The merged pipeline
@@ -128,7 +128,8 @@ def save_lora(
         pairs, report = _cut_pairs(pipeline, rank, 0.95 if energy is None else energy)
     if not report:
         raise InputError("the adapters change no weight; is their strength 0?")
-    tensors = _kohya(pairs, DTYPES[precision])
+    named = _kohya if hasattr(pipeline, "unet") else _peft_names
+    tensors = named(pairs, DTYPES[precision])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
     lost = [*_lost_biases(pipeline), *_rounding(precision)]
@@ -189,12 +190,12 @@ def _kept_whole(place: tuple[str, str], up: Tensor, down: Tensor, scale: float) 
 def _kohya(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Kohya's file. Readers scale by alpha / rank; all layers share one alpha, because diffusers loses those that
     differ: that of the LoRA itself where its layers agree, with its very matrices; else the largest rank."""
-    tensors = {}
+    tensors, has_two = {}, any(part == "text_encoder_2" for part, _ in pairs)
     alphas = {scale * len(down) for _, down, scale in pairs.values()}
     shared = len(alphas) == 1 and min(alphas) > 0
     alpha = alphas.pop() if shared else float(max(len(down) for _, down, _ in pairs.values()))
     for (part, name), (up, down, scale) in pairs.items():
-        key = kohya_name(part, name)
+        key = kohya_name(part, name, has_two)
         if not shared:
             share = scale * len(down) / alpha  # half of it on each side, so that neither leaves float16's range
             up, down = up * (math.copysign(1, share) * abs(share) ** 0.5), down * abs(share) ** 0.5
@@ -202,6 +203,15 @@ def _kohya(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors[f"{key}.lora_up.weight"] = up.to("cpu", dtype, copy=True).contiguous()
         tensors[f"{key}.lora_down.weight"] = down.to("cpu", dtype, copy=True).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def _peft_names(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The names that `load_lora_weights` of pipelines with a transformer reads; it takes alpha to be the rank."""
+    tensors = {}
+    for (part, name), (up, down, scale) in pairs.items():
+        tensors[f"{part}.{name}.lora_A.weight"] = down.to("cpu", dtype, copy=True).contiguous()
+        tensors[f"{part}.{name}.lora_B.weight"] = (up * scale).to("cpu", dtype, copy=True).contiguous()
     return tensors
 
 
@@ -236,11 +246,12 @@ def smallest_rank(kept: Tensor, energy: float) -> int:
     return min(int((kept < energy).sum()) + 1, len(kept))
 
 
-def kohya_name(part: str, layer: str) -> str:
+def kohya_name(part: str, layer: str, has_two_encoders: bool = False) -> str:
     """The name of a layer in kohya's LoRA files, which web interfaces read."""
-    if part == "text_encoder" and not layer.startswith("text_model."):
+    if part != "unet" and not layer.startswith("text_model."):
         layer = f"text_model.{layer}"
-    return f"{KOHYA[part]}_{layer.replace('.', '_')}"
+    start = "lora_te1" if has_two_encoders and part == "text_encoder" else KOHYA[part]
+    return f"{start}_{layer.replace('.', '_')}"
 
 
 def _shares(sigma: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SchedulerMixin
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from finetuning.errors import InputError
 from finetuning.models.clip import check_tokenizer, token_ids
 from finetuning.models.family import Condition
 from finetuning.models.frame import Frame
@@ -159,6 +160,11 @@ class Flux(TransformerFamily):
 
     def _final_latents(self, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         return self._unpacked(latents, shape)
+
+    def guidance_arguments(self, negative_prompts: Sequence[str], scale: float) -> dict[str, Any]:
+        if any(negative_prompts):
+            raise InputError("--negative_prompt: FLUX.1 draws without one; drop the flag")
+        return {"guidance_scale": scale}
 
     def pipeline(self) -> FluxPipeline:
         """The pipeline over these very modules, without copies."""

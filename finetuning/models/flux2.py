@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     SchedulerMixin,
@@ -20,6 +21,7 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from transformers import PreTrainedModel, Qwen2Tokenizer
 
+from finetuning.errors import InputError
 from finetuning.models.family import Condition
 from finetuning.models.frame import Frame
 from finetuning.models.pipeline_folder import PipelineFolder
@@ -161,6 +163,15 @@ class Flux2Klein(ChatFamily):
     def _final_latents(self, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         center, scale = self._center_and_scale()  # the pipeline returns the VAE's own latents
         return (Flux2KleinPipeline._patchify_latents(latents) - center) / scale
+
+    def guidance_arguments(self, negative_prompts: Sequence[str], scale: float) -> dict[str, Any]:
+        if any(negative_prompts):
+            raise InputError("--negative_prompt: FLUX.2 klein draws without one; drop the flag")
+        return {"guidance_scale": scale}
+
+    @classmethod
+    def _settings_of(cls, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"is_distilled": pipeline.config.get("is_distilled", False)}
 
     def pipeline(self) -> Flux2KleinPipeline:
         """The pipeline over these very modules, without copies."""

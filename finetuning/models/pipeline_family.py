@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 
 from finetuning.errors import InputError
 from finetuning.models.fingerprint import Fingerprint
+from finetuning.models.pipeline_folder import PipelineFolder
 from finetuning.objective.process import Process
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,23 @@ class PipelineFamily:
         guidance: the scale that it is then told in training.
         cuts_prompts: prompts that are too long for the text encoders are cut to what they read; otherwise an error.
     """
+
+    @classmethod
+    def load(cls, folder: PipelineFolder) -> Self:
+        """Load a model from a folder in diffusers' format or from the hub. Raises InputError where that fails."""
+        raise NotImplementedError
+
+    @classmethod
+    def over(cls, pipeline: DiffusionPipeline) -> Self:
+        """The family over the modules of its pipeline, without copies."""
+        names = [field.name for field in fields(cls) if field.name in pipeline.components]
+        parts = {name: getattr(pipeline, name) for name in names}
+        return cls(name=pipeline.name_or_path, revision=None, **parts, **cls._settings_of(pipeline))
+
+    @classmethod
+    def _settings_of(cls, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """What `over` needs beside the pipeline's parts."""
+        return {}
 
     name: str
     process: Process
@@ -146,6 +168,15 @@ class PipelineFamily:
 
     # Drawing
 
+    def guidance_arguments(self, negative_prompts: Sequence[str], scale: float) -> dict[str, Any]:
+        """The pipeline's arguments for guidance of this scale, away from these prompts.
+
+        Raises:
+            InputError: a prompt that is not empty, for a pipeline that takes none.
+        """
+        away = {"negative_prompt": list(negative_prompts)} if any(negative_prompts) else {}
+        return {"guidance_scale": scale, **away}
+
     @torch.no_grad()
     def draw(
         self,
@@ -172,7 +203,7 @@ class PipelineFamily:
             width=noise.shape[3] * self.vae_scale,
             latents=self._starting_latents(noise.to(self.part(self.denoiser_part).device)),
             num_inference_steps=steps,
-            **self._guidance(prompts, guidance_scale),
+            **self.guidance_arguments([""] * len(prompts), guidance_scale),
             output_type="latent",
             **more,
         ).images
@@ -202,10 +233,6 @@ class PipelineFamily:
             return config.shift_factor or 0, config.scaling_factor
         mean, std = (torch.tensor(v, device=self.vae.device) for v in (config.latents_mean, config.latents_std))
         return mean[:, None, None], config.scaling_factor / std[:, None, None]
-
-    def _guidance(self, prompts: Sequence[str], scale: float) -> dict[str, Any]:
-        """The pipeline's arguments for guidance of this scale, away from an empty prompt."""
-        return {"guidance_scale": scale}
 
     def _starting_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Noise as the pipeline's argument `latents` wants it."""

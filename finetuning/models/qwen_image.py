@@ -156,8 +156,8 @@ class QwenImage(ChatFamily):
         height, width = (side * self.vae_scale for side in shape[2:])
         return QwenImagePipeline._unpack_latents(latents, height, width, self.vae_scale)[:, :, 0]
 
-    def _guidance(self, prompts: Sequence[str], scale: float) -> dict[str, Any]:
-        return {"true_cfg_scale": scale, "negative_prompt": [""] * len(prompts)}
+    def guidance_arguments(self, negative_prompts: Sequence[str], scale: float) -> dict[str, Any]:
+        return {"true_cfg_scale": scale, "negative_prompt": list(negative_prompts)}
 
     def pipeline(self) -> QwenImagePipeline:
         """The pipeline over these very modules, without copies."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from finetuning.errors import InputError
 from finetuning.models.distillation import check_distilled, distillation
@@ -14,11 +14,13 @@ from finetuning.models.family import Family
 from finetuning.models.flux import Flux
 from finetuning.models.flux2 import Flux2Klein
 from finetuning.models.loading import load_stable_diffusion
+from finetuning.models.pipeline_family import PipelineFamily
 from finetuning.models.pipeline_folder import FLAG, PipelineFolder, check_name
 from finetuning.models.qwen_image import QwenImage
 from finetuning.models.sd3 import StableDiffusion3
 from finetuning.models.sdxl import StableDiffusionXL
 from finetuning.models.single_file import load_single_file
+from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.models.z_image import ZImage
 
 
@@ -28,32 +30,28 @@ class Row:
 
     Attributes:
         title: what people call it.
-        load: makes it from a pipeline's folder.
+        family: its class.
         base: a model of it that can be trained, named where another cannot.
     """
 
     title: str
-    load: Callable[[PipelineFolder], Family]
+    family: type[PipelineFamily]
     base: str
-
-
-def _load_stable_diffusion(folder: PipelineFolder) -> Family:
-    return load_stable_diffusion(folder.name, folder.revision, folder.variant)
 
 
 ROWS = {  # by the class that model_index.json names
     "StableDiffusionPipeline": Row(
-        "Stable Diffusion 1.x and 2.x", _load_stable_diffusion, "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        "Stable Diffusion 1.x and 2.x", StableDiffusion, "stable-diffusion-v1-5/stable-diffusion-v1-5"
     ),
     "StableDiffusionXLPipeline": Row(
-        "Stable Diffusion XL", StableDiffusionXL.load, "stabilityai/stable-diffusion-xl-base-1.0"
+        "Stable Diffusion XL", StableDiffusionXL, "stabilityai/stable-diffusion-xl-base-1.0"
     ),
-    "Flux2KleinPipeline": Row("FLUX.2 klein base", Flux2Klein.load, "black-forest-labs/FLUX.2-klein-base-4B"),
-    "ZImagePipeline": Row("Z-Image", ZImage.load, "Tongyi-MAI/Z-Image"),
-    "QwenImagePipeline": Row("Qwen-Image", QwenImage.load, "Qwen/Qwen-Image"),
-    "FluxPipeline": Row("FLUX.1-dev", Flux.load, "black-forest-labs/FLUX.1-dev"),
+    "Flux2KleinPipeline": Row("FLUX.2 klein base", Flux2Klein, "black-forest-labs/FLUX.2-klein-base-4B"),
+    "ZImagePipeline": Row("Z-Image", ZImage, "Tongyi-MAI/Z-Image"),
+    "QwenImagePipeline": Row("Qwen-Image", QwenImage, "Qwen/Qwen-Image"),
+    "FluxPipeline": Row("FLUX.1-dev", Flux, "black-forest-labs/FLUX.1-dev"),
     "StableDiffusion3Pipeline": Row(
-        "Stable Diffusion 3.5", StableDiffusion3.load, "stabilityai/stable-diffusion-3.5-medium"
+        "Stable Diffusion 3.5", StableDiffusion3, "stabilityai/stable-diffusion-3.5-medium"
     ),
 }
 OTHER_TASKS = ("Inpaint", "Img2Img", "ImageToImage", "ControlNet", "Edit", "Upscale", "Depth2Img", "Kontext", "Fill")
@@ -100,11 +98,23 @@ def load_family(
         raise InputError(f"--prediction_type={prediction_type}: {name} says so in its scheduler; drop the flag")
     if not allow_distilled:
         check_distilled(name, distillation(folder), row.base)
-    if row.load is _load_stable_diffusion:
+    if row.family is StableDiffusion:
         return load_stable_diffusion(name, revision, variant, tokenizer_name)
     if tokenizer_name is not None:
         raise InputError(f"--tokenizer_name={tokenizer_name}: {row.title} has a tokenizer of its own; drop the flag")
-    return row.load(folder)
+    return row.family.load(folder)
+
+
+def family_of(pipeline: DiffusionPipeline) -> Family:
+    """The family of a pipeline, over its very modules; a pipeline that is controlled is of the plain one's family.
+
+    Raises:
+        InputError: it is of no family that can be trained.
+    """
+    kind = type(pipeline).__name__
+    if kind not in ROWS and "Control" in kind and hasattr(pipeline, "unet") and not hasattr(pipeline, "tokenizer_2"):
+        kind = "StableDiffusionPipeline"
+    return find_row(pipeline.name_or_path, {"_class_name": kind}).family.over(pipeline)
 
 
 def find_row(name: str, config: dict) -> Row:

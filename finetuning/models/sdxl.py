@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -153,6 +154,11 @@ class StableDiffusionXL(UNetFamily):
     ) -> torch.Tensor:
         """What the UNet predicts, noise or v, (B, C, h, w). x_t: (B, C, h, w); t: (B,)."""
         return denoiser(x_t, t, **self.arguments(condition)).sample
+
+    @classmethod
+    def _settings_of(cls, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        zeros = pipeline.config.get("force_zeros_for_empty_prompt", True)
+        return {**super()._settings_of(pipeline), "zeros_for_empty_prompt": zeros}
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """The pipeline over these very modules, without copies."""

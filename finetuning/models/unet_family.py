@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 
 from finetuning.errors import InputError
 from finetuning.models.pipeline_family import PipelineFamily
@@ -60,6 +67,10 @@ class UNetFamily(PipelineFamily):
         return self.unet.config.in_channels
 
     # Use
+
+    @classmethod
+    def _settings_of(cls, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"noise_schedule": DDPMScheduler.from_config(pipeline.scheduler.config)}
 
     def rescale_to_zero_terminal_snr(self) -> None:
         """Train and sample on a schedule whose last step is pure noise (arXiv 2305.08891)."""

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from finetuning.errors import InputError
+from finetuning.models.registry import family_of
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -54,16 +55,18 @@ def choose_scheduler(pipeline: DiffusionPipeline, name: str | None) -> Scheduler
     """One of SCHEDULERS with the model's own noise schedule and prediction type; None = the model's own sampler."""
     if name is None:
         return pipeline.scheduler
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"--scheduler={name}: of Stable Diffusion 1.x, 2.x and XL; {pipeline.name_or_path} is drawn by its own "
+            "sampler of flow matching; drop the flag"
+        )
     kind, options = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
 
 
-def check_size(size: int, pipeline: DiffusionPipeline) -> None:
-    """Raises InputError if the UNet cannot halve the picture as often as it must."""
-    multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if size % multiple:
-        near = max(multiple, round(size / multiple) * multiple)
-        raise InputError(f"--resolution={size}: must be a multiple of {multiple} for this model, e.g. {near}")
+def check_size(size: int | None, pipeline: DiffusionPipeline) -> int:
+    """The side in pixels, by default the model's own. Raises InputError if the denoiser cannot draw in that size."""
+    return family_of(pipeline).check_resolution(size)
 
 
 def draw(
@@ -80,11 +83,20 @@ def draw(
     """
     pictures: dict[int, Image.Image] = {}
     alike: dict[tuple, list[int]] = {}
+    family = family_of(pipeline)
     for i, order in enumerate(orders):
         alike.setdefault(
-            (order.steps, order.guidance_scale, order.size, order.control, order.control_scale), []
+            (
+                order.steps,
+                order.guidance_scale,
+                order.size,
+                order.control,
+                order.control_scale,
+                not order.negative_prompt,
+            ),
+            [],
         ).append(i)
-    for (steps, guidance_scale, size, control, scale), indices in alike.items():
+    for (steps, guidance_scale, size, control, scale, _), indices in alike.items():
         more = {}
         if control is not None:
             more = {"image": controls[control], "controlnet_conditioning_scale": scale}
@@ -92,10 +104,9 @@ def draw(
             chosen = indices[start : start + batch_size]
             images = pipeline(
                 prompt=[orders[i].prompt for i in chosen],
-                negative_prompt=[orders[i].negative_prompt for i in chosen],
                 generator=[torch.Generator().manual_seed(orders[i].seed) for i in chosen],
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                **family.guidance_arguments([orders[i].negative_prompt for i in chosen], guidance_scale),
                 height=size,
                 width=size,
                 **more,
