@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from finetuning.builders import begin, build_base, build_hub, build_sampler, build_training
-from finetuning.control.builders import build_control, build_detectors, build_streams, read_validation
+from finetuning.control.builders import build_control, build_detectors, build_streams, check_base, read_validation
 from finetuning.control.card import write_card
 from finetuning.control.conditions import show_condition
 from finetuning.control.consistency import consistency, overlay, plot_scores, references
@@ -102,7 +102,8 @@ class ControlNet:
         self.B, self.part = config.optimization.train_batch_size, CONTROL_PARTS[config.kind]
 
         # Processes and base model:
-        self.run, self.base, config = build_base(config)
+        self.run, base, config = build_base(config)
+        self.base = check_base(base)
         self.config = config = config.with_values(
             dataset_name=config.data.dataset_place,
             validation_prompt=read_prompts(config.validation.validation_prompt, "--validation_prompt"),

@@ -5,7 +5,7 @@ Between the two a trainer reads its data and puts its adapters on the base. Noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from finetuning.adapters.adapter import Adapter, add_boft, add_lora, train_fully
 from finetuning.errors import InputError
 from finetuning.models.attention import choose_attention
-from finetuning.models.loading import load_stable_diffusion
+from finetuning.models.family import Family
+from finetuning.models.registry import load_family
 from finetuning.models.schedulers import check_steps
-from finetuning.models.stable_diffusion import StableDiffusion
+from finetuning.models.unet_layers import UNET_PRESETS
+from finetuning.objective.flow import Flow
 from finetuning.pictures.sampler import Sampler
 from finetuning.publishing.hub import HubRepository, open_repository
 from finetuning.run.run import Run
@@ -30,6 +32,8 @@ from finetuning.settings.dreambooth import DreamBoothAdapterSettings
 from finetuning.settings.folders import check_writable
 from finetuning.settings.shared import (
     SCHEDULES_WITHOUT_END,
+    ModelSettings,
+    ObjectiveSettings,
     OptimizationSettings,
     TrackerSettings,
     TrainerConfig,
@@ -42,9 +46,11 @@ from finetuning.training.state import TrainingState
 from finetuning.training.training import Training
 
 C = TypeVar("C", bound=TrainerConfig)
+DIFFUSION_FLAGS = ("snr_gamma", "offset_noise", "rescale_betas_zero_snr")
+FLOW_FLAGS = ("timestep_sampling", "logit_mean", "logit_std", "loss_weighting")
 
 
-def build_base(config: C) -> tuple[Run, StableDiffusion, C]:
+def build_base(config: C) -> tuple[Run, Family, C]:
     """Join the processes of the run and load the frozen base model onto their device.
 
     Returns:
@@ -63,35 +69,101 @@ def build_base(config: C) -> tuple[Run, StableDiffusion, C]:
         mixed_precision=model.mixed_precision,
         allow_tf32=model.allow_tf32,
     )
-    base = load_stable_diffusion(
-        model.pretrained_model_name_or_path, model.revision, model.variant, model.tokenizer_name
-    )
-    if objective.rescale_betas_zero_snr and base.prediction_type != "v_prediction":
-        raise InputError(
-            f"--rescale_betas_zero_snr: the model predicts {base.prediction_type}, which says nothing about pure "
-            "noise; use a v-prediction model or drop the flag"
-        )
+    base = load_model(model)
+    set_objective(base, objective)
     base.freeze(run.dtype, run.device)
-    choose_attention(base.unet, run.device, model.enable_xformers_memory_efficient_attention)
-    base.process = replace(base.process, snr_gamma=objective.snr_gamma, noise_offset=objective.offset_noise)
+    choose_attention(base.part(base.denoiser_part), run.device, model.enable_xformers_memory_efficient_attention)
     resolution = base.check_resolution(config.data.resolution)
     return run, base, config.with_values(mixed_precision=run.mixed_precision, resolution=resolution)
 
 
-def build_adapters(
-    base: StableDiffusion, settings: DreamBoothAdapterSettings, gradient_checkpointing: bool
-) -> dict[str, Adapter]:
-    """The adapters on the UNet and, if it is trained, on the text encoder, by part.
+def load_model(settings: ModelSettings) -> Family:
+    """The base model that the settings name, as it was published. Raises InputError where it cannot be trained."""
+    return load_family(
+        settings.pretrained_model_name_or_path,
+        settings.revision,
+        settings.variant,
+        tokenizer_name=settings.tokenizer_name,
+        prediction_type=settings.prediction_type,
+        allow_distilled=settings.allow_distilled,
+    )
 
-    They are BOFT, LoRA, or with neither flag all weights.
+
+def set_objective(base: Family, settings: ObjectiveSettings) -> None:
+    """Let the base's process draw times and noise, and weigh errors, as the settings say.
+
+    Raises:
+        InputError: a setting that means nothing for this model; names each of them.
     """
-    adapters = {"unet": build_adapter(base.unet, settings)}
-    if settings.train_text_encoder:
-        adapters["text_encoder"] = build_adapter(base.text_encoder, settings)
+    process, defaults = base.process, ObjectiveSettings()
+    is_flow = isinstance(process, Flow)
+    other = DIFFUSION_FLAGS if is_flow else FLOW_FLAGS
+    reason = "is trained by flow matching" if is_flow else "is trained by diffusion, not by flow matching"
+    faults = [
+        f"--{name}={value}: has no effect on {base.name}, which {reason}; drop the flag"
+        for name in other
+        if (value := getattr(settings, name)) != getattr(defaults, name)
+    ]
+    if settings.embedded_guidance is not None and not base.is_told_guidance:
+        faults.append(
+            f"--embedded_guidance={settings.embedded_guidance:g}: {base.name} is not told a guidance scale, as "
+            "FLUX.1-dev is; drop the flag"
+        )
+    if faults:
+        raise InputError(*faults)
+    if isinstance(process, Flow):
+        base.process = _flow_by(process, settings)
+    else:
+        base.process = replace(process, snr_gamma=settings.snr_gamma, noise_offset=settings.offset_noise)
+        if settings.rescale_betas_zero_snr and process.prediction != "v_prediction":
+            raise InputError(
+                f"--rescale_betas_zero_snr: the model predicts {process.prediction}, which says nothing about pure "
+                "noise; use a v-prediction model or drop the flag"
+            )
+    if settings.embedded_guidance is not None:
+        base.guidance = settings.embedded_guidance
+
+
+def _flow_by(process: Flow, settings: ObjectiveSettings) -> Flow:
+    """Flow matching as the settings say; None leaves what the family has. Raises InputError, see `set_objective`."""
+    changes = {
+        "sampling": settings.timestep_sampling, "mean": settings.logit_mean, "std": settings.logit_std,
+        "weighting": settings.loss_weighting,
+    }  # fmt: skip
+    process = replace(process, **{name: value for name, value in changes.items() if value is not None})
+    for name in ("logit_mean", "logit_std"):
+        if getattr(settings, name) is not None and process.sampling != "logit-normal":
+            raise InputError(
+                f"--{name}={getattr(settings, name):g}: has no effect on {process.sampling} times; add "
+                "--timestep_sampling=logit-normal or drop this flag"
+            )
+    return process
+
+
+def build_adapters(
+    base: Family, settings: DreamBoothAdapterSettings, gradient_checkpointing: bool
+) -> dict[str, Adapter]:
+    """What --use_boft, --use_lora, or neither put on the denoiser and, if they are trained, on the text encoders.
+
+    Raises:
+        InputError: no such layers, or text encoders that are not trained in this family.
+    """
+    denoiser, encoders = base.part(base.denoiser_part), base.encoder_parts if settings.train_text_encoder else ()
+    if settings.train_text_encoder and not encoders:
+        raise InputError(
+            f"--train_text_encoder: the text encoder of {base.name} is a language model, which is not trained; drop "
+            "the flag"
+        )
+    adapters = {base.denoiser_part: build_adapter(denoiser, settings, base.presets)}
+    both = {
+        name: [*base.presets[name], *endings] for name, endings in UNET_PRESETS.items()
+    }  # those name CLIP's layers
+    for part in encoders:
+        adapters[part] = build_adapter(base.part(part), settings, both)
     if gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        if settings.train_text_encoder:
-            base.text_encoder.gradient_checkpointing_enable()
+        denoiser.enable_gradient_checkpointing()
+        for part in encoders:
+            base.part(part).gradient_checkpointing_enable()
     return adapters
 
 
@@ -145,7 +217,7 @@ def build_optimizer(
 
 
 def build_sampler(
-    base: StableDiffusion, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
+    base: Family, settings: ValidationSettings, resolution: int, batch_size: int, precision: torch.dtype
 ) -> Sampler:
     """The sampler of validation pictures.
 
@@ -161,7 +233,7 @@ def build_sampler(
 
 def build_training(
     run: Run,
-    base: StableDiffusion,
+    base: Family,
     adapters: dict[str, Adapter],
     config: TrainerConfig,
     *,
@@ -289,8 +361,13 @@ def build_trackers(settings: TrackerSettings, config: TrainerConfig, folder: Pat
     )
 
 
-def build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter:
-    """Put BOFT or LoRA on a module, or without either train all of its weights."""
+def build_adapter(
+    module: torch.nn.Module, settings: AdapterSettings, presets: Mapping[str, Sequence[str]] = UNET_PRESETS
+) -> Adapter:
+    """Put BOFT or LoRA on a module, or without either train all of its weights.
+
+    presets: {preset: endings of layer names}, for presets among the flag's values.
+    """
     if settings.use_boft:
         return add_boft(
             module,
@@ -301,6 +378,7 @@ def build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter
             dropout=settings.boft_dropout,
             bias=settings.boft_bias,
             train_scale=settings.boft_scale_learning_rate != 0,
+            presets=presets,
         )
     if settings.use_lora:
         return add_lora(
@@ -309,5 +387,6 @@ def build_adapter(module: torch.nn.Module, settings: AdapterSettings) -> Adapter
             rank=settings.rank,
             alpha=settings.lora_alpha,
             dropout=settings.lora_dropout,
+            presets=presets,
         )
     return train_fully(module)

@@ -31,10 +31,12 @@ GRID = "grid.png"  # in EVALUATION: an overview of the pictures
 REPORT = "report.html"
 MANIFEST = "manifest.json"  # in each part: its files and their hashes
 PARTS = (
-    "unet", "text_encoder", "hint_encoder", "controlnet", "vae", "tokenizer", "scheduler", "safety_checker",
-    "feature_extractor", "image_encoder",
+    "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "hint_encoder", "controlnet", "vae",
+    "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "safety_checker", "feature_extractor", "image_encoder",
 )  # fmt: skip
-WEIGHT_FOLDERS = ("unet", "text_encoder", "hint_encoder", ".")  # with trained weights; a ControlNet's lie in the last
+WEIGHT_FOLDERS = (  # with trained weights; a ControlNet's lie in the last
+    "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "hint_encoder", ".",
+)  # fmt: skip
 FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", CARD, COMPARISON)
 ADAPTERS = ("adapter_config.json", "adapter_model.*")  # of peft; a run writes them into unet/, never here
 RECORDS = (CONFIG, METRICS, ENVIRONMENT)  # exist from the beginning of a run

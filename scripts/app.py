@@ -38,7 +38,7 @@ from finetuning.adapters.pipelines import get_strengths, load_adapter, load_base
 from finetuning.control.loading import load_control_run
 from finetuning.control.pipeline import read_controls, without_control
 from finetuning.errors import InputError
-from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.pictures.generation import PictureOrder, check_size, draw
 from finetuning.run.device import choose_device
 from finetuning.run_folder import CONFIG
 
@@ -71,7 +71,7 @@ class Easel:
         self.loaded: dict[str, str] = {}  # the adapters on the pipeline beside the control's: {path: name there}
         self.plain = pipeline if control_run is None else without_control(pipeline)
         self.of_control = list(get_strengths(pipeline))
-        self.size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        self.size = check_size(None, pipeline)
         self._lock = Lock()
 
     def draw(self, order: PictureOrder, wanted: dict[str, float]) -> tuple[Image.Image, Image.Image]:

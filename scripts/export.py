@@ -58,7 +58,8 @@ def export(config: ExportConfig) -> None:
         use = f'pipeline.load_lora_weights("{output}")'
     else:
         lost = save_for_peft(pipeline, output)
-        use = f'PeftModel.from_pretrained(pipeline.unet, "{output}/unet")'
+        part = "unet" if hasattr(pipeline, "unet") else "transformer"
+        use = f'PeftModel.from_pretrained(pipeline.{part}, "{output}/{part}")'
     print("\n".join(f"lost: {text}" for text in lost) or "nothing lost")
     print(f"written: {output}\nto use it: {use}")
 

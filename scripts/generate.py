@@ -76,7 +76,6 @@ def draw_pictures(config: GenerateConfig) -> None:
     pipeline.scheduler = choose_scheduler(pipeline, pictures.scheduler)
 
     orders = what_to_draw(config, prompts, pipeline)
-    check_size(orders[0].size, pipeline)
     controls = read_controls(orders, pipeline)
     columns = columns_of(pictures, own, factors)
 
@@ -109,6 +108,7 @@ def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: Diffu
     guidance_scale = pictures.guidance_scale
     if guidance_scale is None:
         guidance_scale = find_run_setting(adapters, "guidance_scale", 7.5)
+    size = check_size(pictures.resolution, pipeline)
     return [
         PictureOrder(
             prompt=prompt,
@@ -116,7 +116,7 @@ def what_to_draw(config: GenerateConfig, prompts: Sequence[str], pipeline: Diffu
             negative_prompt=pictures.negative_prompt,
             steps=pictures.num_inference_steps or find_run_setting(adapters, "num_inference_steps", 25),
             guidance_scale=guidance_scale,
-            size=pictures.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+            size=size,
             control=pictures.control,
             control_scale=pictures.controlnet_conditioning_scale,
         )

@@ -31,7 +31,7 @@ import torch
 from finetuning.adapters.choice import find_run_setting, load_chosen
 from finetuning.adapters.pipelines import merge_adapter, unload_adapter
 from finetuning.evaluation.score_table import markdown
-from finetuning.pictures.generation import PictureOrder, draw
+from finetuning.pictures.generation import PictureOrder, check_size, draw
 from finetuning.run.device import choose_device
 
 
@@ -47,7 +47,7 @@ def time_generation(config: TimingConfig) -> None:
     }
     unload_adapter(pipelines["base model"])
     merge_adapter(pipelines["adapters merged"])
-    size = pipelines["base model"].unet.config.sample_size * pipelines["base model"].vae_scale_factor
+    size = check_size(None, pipelines["base model"])
     guidance = find_run_setting(config.adapters, "guidance_scale", 7.5)
     order = PictureOrder(timing.prompt, seed=0, steps=timing.num_inference_steps, guidance_scale=guidance, size=size)
 

@@ -22,7 +22,7 @@ ROOMS = {
     "recipes": "dreambooth settings",
     "dreambooth": "builders training publishing adapters pictures run evaluation settings dataset models",
     "control": "builders training publishing adapters pictures run evaluation settings dataset models",
-    "builders": "training publishing adapters pictures run settings models",
+    "builders": "training publishing adapters pictures run settings models objective",
     "training": "adapters pictures run settings dataset models",
     "export": "adapters",
     "publishing": "run evaluation settings",

@@ -261,7 +261,15 @@ def target_modules(
             f"{flag}={','.join(absent)}: no layer of the {type(module).__name__} has such a name; "
             f"give endings of module names or one of {', '.join(presets)}"
         )
-    return [e for e in dict.fromkeys(endings) if occurs(e)]
+    others = {name for name, m in module.named_modules() if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+
+    def spelled_out(ending: str) -> list[str]:
+        """The ending, or the names that it stands for, where it is also the name of what is no layer."""
+        if not any(name == ending or name.endswith("." + ending) for name in others):
+            return [ending]
+        return [name for name in names if name == ending or name.endswith("." + ending)]
+
+    return [e for ending in dict.fromkeys(endings) if occurs(ending) for e in spelled_out(ending)]
 
 
 def _wrap(module: torch.nn.Module, config: PeftConfig, kind: str, flags: str) -> Adapter:

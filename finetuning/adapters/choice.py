@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from finetuning.adapters.folder import adapter_sources, load_run_config, local_folder, run_of, trained_on
-from finetuning.adapters.pipelines import load_adapter, load_base
+from finetuning.adapters.pipelines import BASE_SETTINGS, load_adapter, load_base
 from finetuning.errors import InputError
 from finetuning.settings.inference import AdapterChoice
 from finetuning.settings.shared import EMBEDDED_BASE
@@ -38,7 +38,7 @@ def load_chosen(
 
 
 def find_base(path: str) -> tuple[str, dict[str, str | None]]:
-    """The base that an adapter was trained on: its name, and {"revision", "variant"} where a run has noted them.
+    """Name of the base that an adapter was trained on, and what else its run says of it, see `load_base`.
 
     Raises:
         InputError: there is no adapter, or its folder does not say what it was trained on.
@@ -47,7 +47,7 @@ def find_base(path: str) -> tuple[str, dict[str, str | None]]:
     adapter_sources(folder)
     if run := run_of(folder):
         config = load_run_config(run)
-        return config["pretrained_model_name_or_path"], {key: config.get(key) for key in ("revision", "variant")}
+        return config["pretrained_model_name_or_path"], {key: config.get(key) for key in BASE_SETTINGS}
     if name := trained_on(folder):
         return name, {}
     raise InputError(f"--adapter={path}: does not say what it was trained on; give --pretrained_model_name_or_path")

@@ -13,14 +13,14 @@ from peft import PeftConfig
 from finetuning.adapters.adapter import ADAPTER_WEIGHTS
 from finetuning.adapters.stored import ADAPTER_CONFIG, plain_name, read_config, read_tensors, split_key
 from finetuning.errors import InputError
-from finetuning.models.loading import MIRRORS
+from finetuning.models.pipeline_folder import MIRRORS
 from finetuning.run_folder import CONFIG
 from finetuning.settings.control import ControlNetConfig
 from finetuning.settings.dreambooth import DreamBoothConfig
 from finetuning.settings.reading import value_faults
 from finetuning.settings.yaml_file import read_yaml
 
-ADAPTABLE_PARTS = ("unet", "text_encoder")  # of a pipeline
+ADAPTABLE_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # of a pipeline
 DOWNLOADED = [  # patterns of the files that are wanted of a repository on the hub: adapters and controls
     CONFIG,
     f"*{ADAPTER_CONFIG}",
@@ -108,8 +108,7 @@ def find_parts(folder: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str
     """The folders in peft's format that a folder holds, {part: folder}.
 
     Args:
-        modules: UNet and text encoder by part. A folder that is in peft's format itself belongs to the one of which it
-            adapts more layers.
+        modules: denoiser and text encoders, by whose layers a folder without parts is told to be of one of them.
 
     Raises:
         InputError: the folder holds no adapter, or one that is not stored as safetensors, that cannot be given a
@@ -178,7 +177,8 @@ def _is_same_model(a: str, b: str) -> bool:
     left, right = Path(a), Path(b)
     if not (left.is_dir() and right.is_dir()):
         return False
-    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in ADAPTABLE_PARTS)
+    parts = [part for part in ADAPTABLE_PARTS if (left / part).is_dir() or (right / part).is_dir()]
+    return left.samefile(right) or all(_has_same_weights(left / part, right / part) for part in parts)
 
 
 def _has_same_weights(left: Path, right: Path) -> bool:

@@ -32,7 +32,9 @@ from finetuning.adapters.module_adapters import ModuleAdapters
 from finetuning.adapters.stored import KINDS, read_adapter
 from finetuning.errors import InputError
 from finetuning.models.attention import choose_attention
-from finetuning.models.loading import load_stable_diffusion
+from finetuning.models.registry import load_family
+
+BASE_SETTINGS = ("revision", "variant", "tokenizer_name", "prediction_type")  # of a run: which base it means
 
 
 def load_base(
@@ -41,19 +43,29 @@ def load_base(
     variant: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    tokenizer_name: str | None = None,
+    prediction_type: str | None = None,
 ) -> DiffusionPipeline:
-    """A Stable Diffusion pipeline without a safety checker, ready to draw.
+    """The pipeline of a base model, of whatever family, without a safety checker, ready to draw.
 
     Args:
-        name: of a folder, or of a model on the Hugging Face Hub; revision, variant: which one of the model there.
-        device, dtype: of its modules.
+        name, revision, variant, tokenizer_name, prediction_type: as the trainers' flags of these names.
 
     Raises:
-        InputError: the model does not exist, cannot be loaded, is incomplete, or is not Stable Diffusion 1.x or 2.x.
+        InputError: not there, not reachable, incomplete, or of a family that cannot be trained.
     """
-    pipeline = load_stable_diffusion(name, revision, variant).pipeline().to(device, dtype)
+    base = load_family(
+        name,
+        revision,
+        variant,
+        tokenizer_name=tokenizer_name,
+        prediction_type=prediction_type,
+        allow_distilled=True,
+    )
+    pipeline = base.pipeline().to(device, dtype)
     pipeline.register_to_config(_name_or_path=name)
-    choose_attention(pipeline.unet, pipeline.device, False)
+    choose_attention(base.part(base.denoiser_part), pipeline.device, False)
     return pipeline
 
 
@@ -66,7 +78,7 @@ def load_run(run: Path) -> DiffusionPipeline:
     if (run / "model_index.json").is_file():
         return load_base(str(run))
     config = load_run_config(run)
-    pipeline = load_base(config["pretrained_model_name_or_path"], config.get("revision"), config.get("variant"))
+    pipeline = load_base(config["pretrained_model_name_or_path"], **{key: config.get(key) for key in BASE_SETTINGS})
     load_adapter(pipeline, run)
     return pipeline
 
@@ -81,12 +93,12 @@ def load_adapter(
     name: str | None = None,
     check_base: bool = True,
 ) -> str:
-    """Put a run's adapters (BOFT or LoRA) on UNet and text encoder, beside those that are there already.
+    """Put a run's adapters (BOFT or LoRA) on denoiser and text encoders, beside those that are there already.
 
     Adapters belong to the modules, not to the pipeline: another pipeline that uses the same UNet draws with them, too.
 
     Args:
-        pipeline: Stable Diffusion 1.x or 2.x.
+        pipeline: of any family that can be trained.
         path: a run's folder, one of its checkpoints, a folder in peft's format, or a name on the Hugging Face Hub.
         strength: 0 = the base, exactly; 1 = as trained. BOFT rotates by this multiple of its trained angles.
         name: under which `set_strength` and `mix_adapters` know the adapter. None = the folder's name.
@@ -171,8 +183,8 @@ def get_strengths(pipeline: DiffusionPipeline) -> dict[str, float]:
     """The strengths of all adapters on a pipeline, by name.
 
     Raises:
-        InputError: an adapter has different strengths on UNet and text encoder, because another pipeline shares one of
-            the two and has set its strength.
+        InputError: two parts have an adapter at different strengths, which another pipeline with one of
+            them has set.
     """
     strengths: dict[str, float] = {}
     for part, state in adapted_parts(pipeline).items():
@@ -262,7 +274,7 @@ def strengths(pipeline: DiffusionPipeline, strength: float | Mapping[str, float]
 
 
 def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, ModuleAdapters]:
-    """{part: adapters} of UNet and text encoder, for those that carry adapters, whichever pipeline has added them."""
+    """{part: adapters} of the denoiser and text encoders that carry adapters, whichever pipeline has added them."""
     found = {part: ModuleAdapters.of(module) for part, module in _modules(pipeline).items()}
     return {part: state for part, state in found.items() if state is not None}
 
@@ -279,7 +291,7 @@ def check_nothing_foreign(pipeline: DiffusionPipeline) -> None:
 
 
 def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """UNet and text encoder, as far as the pipeline has them, without the wrappers of torch.compile."""
+    """Denoiser and text encoders, as far as the pipeline has them, without the wrappers of torch.compile."""
     found = {part: getattr(pipeline, part, None) for part in ADAPTABLE_PARTS}
     return {part: plain_module(module) for part, module in found.items() if module is not None}
 

@@ -23,6 +23,8 @@ from finetuning.control.sources import Source, open_condition
 from finetuning.control.stream import ControlStream, split_off_held_out
 from finetuning.dataset.stream import Transform
 from finetuning.errors import InputError
+from finetuning.models.family import Family
+from finetuning.models.pipeline_folder import FLAG
 from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.settings.control import MADE, RENDERED, ControlDataSettings, ControlNetConfig
 from finetuning.settings.types import required
@@ -32,6 +34,16 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 16  # samples that are only measured, unless --held_out_images says another number
 Labels = Callable[[Image.Image], np.ndarray]  # an image to the class of each pixel, (H, W)
 RenderedSource = Callable[[str, str], Source]  # (kind of control, part of the data) to samples of the toy world
+
+
+def check_base(base: Family) -> StableDiffusion:
+    """The base, if it can be controlled. Raises InputError if it is of another family."""
+    if not isinstance(base, StableDiffusion):
+        raise InputError(
+            f"{FLAG}={base.name}: is a {type(base.pipeline()).__name__}; control is trained on Stable Diffusion 1.x "
+            "and 2.x, train_dreambooth.py takes the others"
+        )
+    return base
 
 
 def build_control(base: StableDiffusion, config: ControlNetConfig) -> dict[str, Adapter]:

@@ -90,6 +90,7 @@ class ImageStream:
         seed: of the order, the crops and the mirroring.
         moments: for each image, mean and standard deviation of its latents, and of its mirror image's if images are
             mirrored, (1 or 2, 2, C, h, w). None if the files are read again each time.
+        frames: how each image was cut for its moments. None if the files are read again each time.
     """
 
     name: str
@@ -97,6 +98,7 @@ class ImageStream:
     transform: Transform
     seed: int
     moments: list[torch.Tensor] | None = None
+    frames: list[Frame] | None = None
 
     def index(self, position: int) -> int:
         """The number of the image that is seen at this position."""
@@ -136,12 +138,15 @@ class ImageStream:
             encode: maps pixels (B, 3, H, W) to moments (B, 2, C, h, w).
         """
         middle = replace(self.transform, random_flip=False, center_crop=True)
-        moments = {}
+        moments, frames = {}, {}
         for path in dict.fromkeys(example.path for example in self.examples):
-            upright = to_tensor(middle.crop(open_image(path)))
+            image = open_image(path)
+            frames[path] = middle.frame(image.size)
+            upright = to_tensor(middle.cut(image, frames[path]))
             views = [upright, upright.flip(-1)] if self.transform.random_flip else [upright]
             moments[path] = encode(torch.stack(views)).cpu()
         self.moments = [moments[example.path] for example in self.examples]
+        self.frames = [frames[example.path] for example in self.examples]
 
     def fixed(self, count: int) -> Batch:
         """A batch for measuring that is always the same: `count` images from the first on, cropped in the middle.
@@ -150,17 +155,24 @@ class ImageStream:
         """
         middle = Transform(self.transform.resolution, center_crop=True)
         chosen = [self.examples[i % len(self.examples)] for i in range(count)]
-        pixels = torch.stack([to_tensor(middle.crop(open_image(example.path))) for example in chosen])
+        images = [open_image(example.path) for example in chosen]
+        frames = [middle.frame(image.size) for image in images]
+        pixels = torch.stack([to_tensor(middle.cut(image, frame)) for image, frame in zip(images, frames)])
         keys = [f"held-out/{self.name}/{i}" for i in range(count)]
-        return Batch([ImageBatch(pixels=pixels)], [example.prompt for example in chosen], keys)
+        return Batch([ImageBatch(pixels=pixels)], [example.prompt for example in chosen], keys, frames=frames)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, str, str]:
         """The sample at a position: pixels (3, H, W) or moments (2, C, h, w), the prompt, and the sample's key."""
+        return self.sample(position)[:3]
+
+    def sample(self, position: int) -> tuple[torch.Tensor, str, str, Frame]:
+        """The same, and how the image was cut."""
         index, key = self.index(position), f"{self.name}/{position}"
         random, example = generator(self.seed, "transform", key), self.examples[index]
-        if self.moments is None:
-            return self.transform(open_image(example.path), random), example.prompt, key
-        return self.moments[index][int(self.transform.flips(random))], example.prompt, key
+        if self.moments is None or self.frames is None:
+            image, frame = self.transform.framed(open_image(example.path), random)
+            return to_tensor(image), example.prompt, key, frame
+        return self.moments[index][int(self.transform.flips(random))], example.prompt, key, self.frames[index]
 
 
 class Batches(torch.utils.data.Dataset):
@@ -170,14 +182,15 @@ class Batches(torch.utils.data.Dataset):
         self.streams, self.size = list(streams), size
 
     def __getitem__(self, number: int) -> Batch:
-        images, prompts, keys = [], [], []
+        images, prompts, keys, frames = [], [], [], []
         for stream in self.streams:
-            rows = [stream[p] for p in range(number * self.size, (number + 1) * self.size)]
+            rows = [stream.sample(p) for p in range(number * self.size, (number + 1) * self.size)]
             stack = torch.stack([row[0] for row in rows])
             images.append(ImageBatch(pixels=stack) if stream.moments is None else ImageBatch(moments=stack))
             prompts += [row[1] for row in rows]
             keys += [row[2] for row in rows]
-        return Batch(images, prompts, keys)
+            frames += [row[3] for row in rows]
+        return Batch(images, prompts, keys, frames=frames)
 
     def load(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
         """Yields the batches of these numbers.

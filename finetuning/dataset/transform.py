@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from finetuning.models.frame import Frame
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -40,27 +42,44 @@ class Transform:
         return to_tensor(self.square(image, random))
 
     def square(self, image: Image.Image, random: torch.Generator) -> Image.Image:
-        """The crop of an image, mirrored or not. Generators in equal states treat images of one size alike."""
+        """The crop, mirrored or not; equal generators treat images of one size alike."""
+        return self.framed(image, random)[0]
+
+    def framed(self, image: Image.Image, random: torch.Generator) -> tuple[Image.Image, Frame]:
+        """The same, and how it was cut."""
         flip = self.flips(random)
-        image = self.crop(image, random)
-        return ImageOps.mirror(image) if flip else image
+        frame = self.frame(image.size, random)
+        image = self.cut(image, frame)
+        return ImageOps.mirror(image) if flip else image, frame
 
     def crop(self, image: Image.Image, random: torch.Generator | None = None) -> Image.Image:
-        """A square of the resized image: at a place that `random` draws, or in the middle without it."""
-        image = self.resize(image)
-        slack = [side - self.resolution for side in image.size]
+        """A square of the resized image: in the middle, or where `random` puts it."""
+        return self.cut(image, self.frame(image.size, random))
+
+    def frame(self, size: tuple[int, int], random: torch.Generator | None = None) -> Frame:
+        """How an image of this size, (width, height), is cut: in the middle, or where `random` puts it."""
+        slack = [side - self.resolution for side in self.resized(size)]
         if self.center_crop or random is None:
             x, y = (s // 2 for s in slack)
         else:
             x, y = (int(torch.randint(s + 1, (), generator=random)) for s in slack)
-        return image.crop((x, y, x + self.resolution, y + self.resolution))
+        return Frame(original=(size[1], size[0]), crop=(y, x), shown=(self.resolution, self.resolution))
+
+    def cut(self, image: Image.Image, frame: Frame) -> Image.Image:
+        """The square of the resized image that a frame tells."""
+        y, x = frame.crop
+        return self.resize(image).crop((x, y, x + self.resolution, y + self.resolution))
 
     def resize(self, image: Image.Image) -> Image.Image:
         """Resizes an image so that its shorter side becomes `resolution`."""
-        scale = self.resolution / min(image.size)
-        width, height = (max(self.resolution, round(side * scale)) for side in image.size)
-        size = (width, height)
+        size = self.resized(image.size)
         return image if size == image.size else image.resize(size, self.resampling)
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) once the shorter side is `resolution`."""
+        scale = self.resolution / min(size)
+        width, height = (max(self.resolution, round(side * scale)) for side in size)
+        return width, height
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

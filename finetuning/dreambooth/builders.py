@@ -8,13 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from finetuning.adapters.adapter import Adapter
-from finetuning.builders import build_sampler
+from finetuning.builders import build_sampler, load_model
 from finetuning.dataset.captions import read_prompt
 from finetuning.dataset.stream import ImageStream, Transform, find_examples, open_image, read_prompts
 from finetuning.dreambooth.before_after import Draw, before_and_after, without_adapters
 from finetuning.dreambooth.prior import check_class_images, class_image_stream, photos_under_class_prompts
 from finetuning.errors import InputError
-from finetuning.models.loading import load_stable_diffusion
 from finetuning.models.stable_diffusion import StableDiffusion
 from finetuning.pictures.sampler import Sampler
 from finetuning.run.processes import DTYPES
@@ -133,8 +132,7 @@ def draw_comparison(
     if not validation.validation_prompt:
         return None
     if config.adapter.kind == "full":
-        name = model.pretrained_model_name_or_path
-        base = load_stable_diffusion(name, model.revision, model.variant, model.tokenizer_name)
+        base = load_model(model)
         base.freeze(run.dtype, run.device)
         draw_base: Draw = sampler.of(base)
     else:

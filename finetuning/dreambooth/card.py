@@ -35,7 +35,8 @@ def write_card(folder: Path, config: DreamBoothConfig, base: str, training: Trai
         },
         picture=picture.name if picture else None,
         prompts=config.validation.validation_prompt,
-        with_text_encoder="text_encoder" in training.adapters,
+        pipeline=type(training.base.pipeline()).__name__,
+        parts=list(training.adapters),
         stock_peft=config.adapter.boft_n_butterfly_factor == 1,
     )
     write(folder / CARD, card)

@@ -9,6 +9,7 @@ import torch
 
 from finetuning.adapters.adapter import Adapter, disabled
 from finetuning.models.family import Family
+from finetuning.models.frame import Frame
 from finetuning.modes import evaluating
 
 
@@ -30,7 +31,12 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str], adapters: Iterable[Adapter]
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        prompts: Sequence[str],
+        adapters: Iterable[Adapter],
+        frames: Sequence[Frame] | None = None,
     ) -> torch.Tensor:
         """The prediction, (N, C, h, w) in float32.
 
@@ -39,7 +45,8 @@ class Teacher:
             t: their times, (N,).
             prompts: of the class, N.
             adapters: on the base; they are switched off while it predicts.
+            frames: how the N images were cut out of their originals.
         """
-        condition = self.base.condition([self.texts[prompt] for prompt in prompts])
+        condition = self.base.condition([self.texts[prompt] for prompt in prompts], frames)
         with disabled(adapters), evaluating(self.denoiser):
             return self.base.predict(self.denoiser, x_t, t, condition).float()

@@ -22,7 +22,7 @@ from finetuning.adapters.pipelines import adapted_parts, check_nothing_foreign
 from finetuning.errors import InputError
 from finetuning.export.precision import DTYPES, rounding_loss
 
-KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 ENERGY = 0.95  # share of a layer's squared change that is kept unless the user says otherwise
 
 
@@ -101,7 +101,8 @@ def save_lora(
         changes, report = _closest_changes(pipeline, rank, ENERGY if energy is None else energy)
     if not report:
         raise InputError("the adapters change no weight; is their strength 0?")
-    tensors = _kohya_tensors(changes, DTYPES[precision])
+    named = _kohya_tensors if hasattr(pipeline, "unet") else _peft_tensors
+    tensors = named(changes, DTYPES[precision])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
     lost = [*_lost_biases(pipeline), *rounding_loss(precision)]
@@ -161,12 +162,12 @@ def _kohya_tensors(changes: Changes, dtype: torch.dtype) -> dict[str, Tensor]:
     All layers get the same alpha, because diffusers reads only one: the LoRA's own where its layers agree, together
     with its very matrices; otherwise the largest rank, with the rest of the scale in the matrices.
     """
-    tensors = {}
+    tensors, has_two = {}, any(part == "text_encoder_2" for part, _ in changes)
     alphas = {change.scale * change.rank for change in changes.values()}
     agree = len(alphas) == 1 and min(alphas) > 0
     alpha = alphas.pop() if agree else float(max(change.rank for change in changes.values()))
     for (part, name), change in changes.items():
-        key, up, down = kohya_name(part, name), change.up, change.down
+        key, up, down = kohya_name(part, name, has_two), change.up, change.down
         if not agree:
             rest = change.scale * change.rank / alpha  # its root on each side, so that neither leaves float16's range
             up, down = up * (math.copysign(1, rest) * abs(rest) ** 0.5), down * abs(rest) ** 0.5
@@ -174,6 +175,18 @@ def _kohya_tensors(changes: Changes, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors[f"{key}.lora_up.weight"] = up.to("cpu", dtype, copy=True).contiguous()
         tensors[f"{key}.lora_down.weight"] = down.to("cpu", dtype, copy=True).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def _peft_tensors(changes: Changes, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors under the names that `load_lora_weights` of pipelines with a transformer reads.
+
+    It takes alpha to be the rank, so that the scale goes into the matrices.
+    """
+    tensors = {}
+    for (part, name), change in changes.items():
+        tensors[f"{part}.{name}.lora_A.weight"] = change.down.to("cpu", dtype, copy=True).contiguous()
+        tensors[f"{part}.{name}.lora_B.weight"] = (change.up * change.scale).to("cpu", dtype, copy=True).contiguous()
     return tensors
 
 
@@ -204,11 +217,12 @@ def smallest_rank(kept: Tensor, energy: float) -> int:
     return min(int((kept < energy).sum()) + 1, len(kept))
 
 
-def kohya_name(part: str, layer: str) -> str:
+def kohya_name(part: str, layer: str, has_two_encoders: bool = False) -> str:
     """The name of a layer in kohya's LoRA files, which web interfaces read."""
-    if part == "text_encoder" and not layer.startswith("text_model."):
+    if part != "unet" and not layer.startswith("text_model."):
         layer = f"text_model.{layer}"
-    return f"{KOHYA[part]}_{layer.replace('.', '_')}"
+    start = "lora_te1" if has_two_encoders and part == "text_encoder" else KOHYA[part]
+    return f"{start}_{layer.replace('.', '_')}"
 
 
 def _cumulative_energy(sigma: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
+from finetuning.models.fingerprint import Fingerprint
 from finetuning.models.frame import Frame
 from finetuning.objective.process import Process
 
@@ -31,6 +32,9 @@ class Family(Protocol):
         multiple: both sides of an image, in pixels, must be multiples of this number.
         resolution: the side of the square, in pixels, that the model was made for.
         fingerprint: a hash of the weights and the configuration as they were loaded, whatever the folder is called.
+        scheduler: the model's own sampler; revision: branch or commit on the hub, None = main.
+        is_told_guidance: whether the denoiser has an input for the scale of guidance.
+        guidance: the scale that it is then told in training; 1 means none.
     """
 
     name: str
@@ -40,13 +44,23 @@ class Family(Protocol):
     process: Process
     multiple: int
     resolution: int
-    fingerprint: str
+    fingerprint: Fingerprint
+    scheduler: SchedulerMixin
+    revision: str | None
+    is_told_guidance: bool
+    guidance: float
 
     def part(self, name: str) -> torch.nn.Module:
         """The denoiser or a text encoder, by its name in the pipeline's folder."""
 
     def check_prompts(self, prompts: Sequence[str], flag: str) -> None:
         """Raises InputError if prompts are too long for the text encoders; it names the flag and each prompt."""
+
+    def check_captions(self, captions: Sequence[tuple[str, str]], long_captions: str) -> None:
+        """See that the text encoders can read all captions, (place, text), or cut them from now on, if they may be."""
+
+    def check_resolution(self, resolution: int | None) -> int:
+        """The side in pixels to train at, by default the model's own. Raises InputError if the denoiser cannot."""
 
     def embed(self, prompts: Sequence[str], encoders: Mapping[str, torch.nn.Module] | None = None) -> list[Condition]:
         """The condition of each prompt, without the padding of a batch, so that it can be kept on disk.
@@ -88,31 +102,26 @@ class Family(Protocol):
             condition: of the batch.
         """
 
-    def sample(
-        self,
-        pipeline: DiffusionPipeline,
-        prompts: Sequence[str],
-        noise: torch.Tensor,
-        *,
-        steps: int,
-        guidance_scale: float,
-        generators: list[torch.Generator],
-        **more: Any,
-    ) -> torch.Tensor:
-        """Normalized latents of pictures, (B, C, h, w) float32, as a pipeline draws them.
-
-        Args:
-            pipeline: the one that `pipeline()` returns, or one that also reads a control image.
-            prompts: B prompts.
-            noise: what the pictures start from, (B, C, h, w).
-            steps: the number of denoising steps.
-            guidance_scale: the weight of classifier-free guidance.
-            generators: one for each picture, for samplers that add noise in their steps.
-            more: further arguments of the pipeline.
-        """
-
     def freeze(self, dtype: torch.dtype, device: torch.device) -> None:
         """Stop all parts from learning and move them to the device and, except for the VAE, to this precision."""
 
     def pipeline(self) -> DiffusionPipeline:
         """The library's own pipeline with these very modules; all pictures are drawn through it."""
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        pipeline: DiffusionPipeline | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], that the pipeline draws from standard normal noise, (B, C, h, w).
+
+        Args:
+            steps, guidance_scale: of the denoising.
+            pipeline: another than the family's own, over the same modules, e.g. one that also reads a control image.
+            more: further arguments of the pipeline, e.g. a `generator` for each picture.
+        """

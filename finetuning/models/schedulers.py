@@ -59,10 +59,11 @@ def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
     flag = f"--num_inference_steps={steps}: the base's scheduler, {type(scheduler).__name__},"
     try:
         options = noise_options(trial, [0])
-        trial.set_timesteps(steps)
-        sample = torch.ones(1, 1, 2, 2) * trial.init_noise_sigma
+        trial.set_timesteps(steps, **({"mu": 1.0} if trial.config.get("use_dynamic_shifting") else {}))
+        sample = torch.ones(1, 1, 2, 2) * getattr(trial, "init_noise_sigma", 1.0)  # flow matching scales nothing
         for t in trial.timesteps:
-            sample = trial.step(trial.scale_model_input(sample, t) * 0, t, sample, **options, return_dict=False)[0]
+            scaled = trial.scale_model_input(sample, t) if hasattr(trial, "scale_model_input") else sample
+            sample = trial.step(scaled * 0, t, sample, **options, return_dict=False)[0]
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(

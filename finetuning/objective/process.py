@@ -19,8 +19,11 @@ from finetuning.randomness import integers, normal
 class Process(Protocol):
     """A noise process between images, x_0, and noise; B samples at a time."""
 
-    def times(self, seed: int, keys: Sequence[str]) -> torch.Tensor:
-        """The times at which B samples are trained, (B,). Entry i depends on (seed, keys[i]) alone."""
+    def times(self, seed: int, keys: Sequence[str], size: tuple[int, int] | None = None) -> torch.Tensor:
+        """The times at which B samples are trained, (B,); entry i depends on (seed, keys[i]) alone.
+
+        size: (h, w) of the latents; some models train larger images at noisier times. None: of the model's own size.
+        """
 
     def spread_times(self, count: int) -> torch.Tensor:
         """Times spread evenly over the process, (count,), for losses that are to be compared with each other."""
@@ -57,7 +60,7 @@ class Diffusion:
     snr_gamma: float | None = None
     noise_offset: float = 0.0
 
-    def times(self, seed: int, keys: Sequence[str]) -> torch.Tensor:
+    def times(self, seed: int, keys: Sequence[str], size: tuple[int, int] | None = None) -> torch.Tensor:
         return integers(len(self.alpha_bar), seed, "timestep", keys, self.alpha_bar.device)
 
     def spread_times(self, count: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from PIL import Image
 from finetuning.dataset.stream import find_images, open_image
 from finetuning.errors import InputError
 from finetuning.files import save_picture, write
+from finetuning.models.registry import family_of
 from finetuning.randomness import generator
 from finetuning.run_folder import PICTURES_RECORD, WEIGHT_FOLDERS
 
@@ -113,6 +114,7 @@ class Gallery:
         missing = self.missing()
         for start in range(0, len(missing), batch_size):
             chunk = missing[start : start + batch_size]
+            guidance = family_of(pipeline).guidance_arguments([""] * len(chunk), guidance_scale)
             more = {} if conditions is None else {"image": conditions[[p for p, _ in chunk]], **control}
             with torch.no_grad(), torch.autocast(pipeline.device.type, precision, precision != torch.float32):
                 images = pipeline(
@@ -120,7 +122,7 @@ class Gallery:
                     height=resolution,
                     width=resolution,
                     num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
+                    **guidance,
                     generator=[generator(seed, "evaluation", p, k) for p, k in chunk],
                     **more,
                 ).images

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from finetuning.errors import InputError
+from finetuning.models.registry import family_of
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # {name: (class in diffusers, options)}
     "ddim": ("DDIMScheduler", {}),
@@ -59,20 +60,22 @@ def choose_scheduler(pipeline: DiffusionPipeline, name: str | None) -> Scheduler
     """
     if name is None:
         return pipeline.scheduler
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"--scheduler={name}: of Stable Diffusion 1.x, 2.x and XL; {pipeline.name_or_path} is drawn by its own "
+            "sampler of flow matching; drop the flag"
+        )
     kind, options = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
 
 
-def check_size(size: int, pipeline: DiffusionPipeline) -> None:
-    """Check that a side in pixels is one that the VAE and all levels of the UNet can halve.
+def check_size(size: int | None, pipeline: DiffusionPipeline) -> int:
+    """The side in pixels to draw at, by default the model's own.
 
     Raises:
-        InputError: it is not; names a size near it.
+        InputError: the denoiser cannot draw pictures of this side; names one near it.
     """
-    multiple = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if size % multiple:
-        near = max(multiple, round(size / multiple) * multiple)
-        raise InputError(f"--resolution={size}: must be a multiple of {multiple} for this model, e.g. {near}")
+    return family_of(pipeline).check_resolution(size)
 
 
 def draw(
@@ -91,11 +94,20 @@ def draw(
     """
     pictures: dict[int, Image.Image] = {}
     alike: dict[tuple, list[int]] = {}
+    family = family_of(pipeline)
     for i, order in enumerate(orders):
         alike.setdefault(
-            (order.steps, order.guidance_scale, order.size, order.control, order.control_scale), []
+            (
+                order.steps,
+                order.guidance_scale,
+                order.size,
+                order.control,
+                order.control_scale,
+                not order.negative_prompt,
+            ),
+            [],
         ).append(i)
-    for (steps, guidance_scale, size, control, scale), indices in alike.items():
+    for (steps, guidance_scale, size, control, scale, _), indices in alike.items():
         more = {}
         if control is not None:
             more = {"image": controls[control], "controlnet_conditioning_scale": scale}
@@ -103,10 +115,9 @@ def draw(
             chosen = indices[start : start + batch_size]
             images = pipeline(
                 prompt=[orders[i].prompt for i in chosen],
-                negative_prompt=[orders[i].negative_prompt for i in chosen],
                 generator=[torch.Generator().manual_seed(orders[i].seed) for i in chosen],
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                **family.guidance_arguments([orders[i].negative_prompt for i in chosen], guidance_scale),
                 height=size,
                 width=size,
                 **more,

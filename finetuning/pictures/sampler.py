@@ -79,16 +79,16 @@ class Sampler:
                 part = slice(start, start + self.batch_size)
                 noise = normal(shape, seed, "sample", keys[part]).to(device)
                 seed_noise(pipeline.scheduler, seed, keys[part])
-                latents = self.base.sample(
-                    pipeline,
+                pixels = self.base.draw(
                     prompts[part],
                     noise,
                     steps=self.steps,
                     guidance_scale=self.guidance_scale,
-                    generators=noise_generators(seed, keys[part]),
+                    pipeline=pipeline,
+                    generator=noise_generators(seed, keys[part]),
                     **self.options(None if conditions is None else conditions[part].to(device)),
                 )
-                yield start, [to_image(image) for image in self.base.decode(latents)]
+                yield start, [to_image(image) for image in pixels]
 
     def _autocast(self, device: torch.device) -> AbstractContextManager:
         if self.precision == torch.float32:

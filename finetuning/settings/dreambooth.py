@@ -168,4 +168,7 @@ class DreamBoothConfig(TrainerConfig):
 class DreamBoothAdapterSettings(AdapterSettings):
     """What is trained: BOFT, LoRA, or without either the whole model"""
 
-    train_text_encoder: bool = setting(False, "Train the text encoder too, in the same manner as the UNet.")
+    train_text_encoder: bool = setting(
+        False,
+        "Train the text encoder too (both CLIPs of Stable Diffusion XL and 3.5, FLUX.1's CLIP), in the same manner.",
+    )

@@ -195,6 +195,8 @@ def contradictions(before: dict[str, Any], now: Config, may_change: Sequence[str
             if field.metadata["secret"] or field.metadata["may_change"] or field.name in may_change:
                 continue
             value, value_before = getattr(group, field.name), getattr(recorded, field.name)
+            if field.name not in before and value == field.default:
+                continue  # the setting is newer than the checkpoint, and what it says was always so
             if field.name not in before:
                 faults.append(f"--{field.name}: the checkpoint does not say its value")
             elif value_before != value:

@@ -26,6 +26,8 @@ SCHEDULES = (
     "polynomial",
 )
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
+SAMPLINGS = ("uniform", "logit-normal", "shifted")
+WEIGHTINGS = ("none", "sigma-sqrt", "cosmap")
 TARGET_PRESETS = ("attention", "attention+feed-forward", "transformer", "all")
 
 
@@ -35,7 +37,8 @@ class ModelSettings(Group):
 
     pretrained_model_name_or_path: str = setting(
         EMBEDDED_BASE,
-        "Stable Diffusion 1.x or 2.x: a folder in diffusers' format or a name on the Hugging Face Hub.",
+        "Base model: a folder in diffusers' format, a name on the Hugging Face Hub, or a .safetensors file of Stable "
+        "Diffusion 1.x, 2.x or XL.",
         folder="perhaps",
         common=True,
     )
@@ -43,6 +46,14 @@ class ModelSettings(Group):
     variant: str | None = setting(None, "Variant of the weight files, e.g. fp16. None = the plain files.")
     tokenizer_name: str | None = setting(
         None, "Folder or name of another tokenizer. None = the model's own.", folder="perhaps"
+    )
+    prediction_type: str | None = setting(
+        None,
+        "What a .safetensors file predicts, if it does not say so itself. None = as it says.",
+        choices=("epsilon", "v_prediction"),
+    )
+    allow_distilled: bool = setting(
+        False, "Train a model that was distilled to few steps all the same, which undoes the distillation."
     )
     mixed_precision: str | None = setting(
         None,
@@ -189,6 +200,24 @@ class ObjectiveSettings(Group):
     )
     rescale_betas_zero_snr: bool = setting(
         False, "Rescale the noise schedule to zero terminal SNR (arXiv 2305.08891); for v-prediction only."
+    )
+    timestep_sampling: str | None = setting(
+        None,
+        "Flow matching: times that are trained are uniform, logit-normal (arXiv 2403.03206), or shifted as the "
+        "model's own sampler shifts them at this resolution. None = as the family is trained.",
+        choices=SAMPLINGS,
+    )
+    logit_mean: float | None = setting(None, "Mean of the logit of logit-normal times. None = 0.")
+    logit_std: float | None = setting(
+        None, "Standard deviation of the logit of logit-normal times. None = 1.", above=0
+    )
+    loss_weighting: str | None = setting(
+        None,
+        "Flow matching: weight of a sample's error by its time (arXiv 2403.03206, Section 3.1). None = equal weights.",
+        choices=WEIGHTINGS,
+    )
+    embedded_guidance: float | None = setting(
+        None, "Guidance scale that FLUX.1-dev is told in training. None = 1, no guidance.", minimum=0
     )
 
 

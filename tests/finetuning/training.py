@@ -85,7 +85,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a result's or a checkpoint's adapters or modules."""
     return {
         f"{path.parent.name}/{name}": tensor
-        for part in ("unet", "text_encoder")
+        for part in ("unet", "transformer", "text_encoder", "text_encoder_2")
         for path in sorted((folder / part).glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
