@@ -219,8 +219,15 @@ class Run:
         with self.accelerator.accumulate(*modules):
             yield
 
-    def share(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The module as all processes train it, in the run's precision; it exchanges their gradients."""
+    def share(self, module: torch.nn.Module, may_be_idle: bool = False) -> torch.nn.Module:
+        """The module as all processes train it, in the run's precision; it exchanges their gradients.
+
+        may_be_idle: whether some of what is trained may have no part in the loss, which costs a search in each step.
+        """
+        if may_be_idle:
+            from accelerate.utils import DistributedDataParallelKwargs
+
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return self.accelerator.prepare_model(module)
 
     def share_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

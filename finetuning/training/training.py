@@ -113,7 +113,7 @@ class Training:
     def share(self) -> None:
         """Wrap what is called in a step, and the optimizer, as the processes need it; in training mode."""
         for name, module in self._bare.items():
-            self._shared[name] = self.run.share(module)
+            self._shared[name] = self.run.share(module, self.base.may_be_idle)
             if name in self.adapters:
                 self._shared[name].train()
         self.optimizer = self.run.share_optimizer(self.optimizer)
