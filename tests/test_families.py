@@ -18,7 +18,7 @@ from conftest import draw_photo
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from tiny_pipelines import BUILDERS
-from training import BOFT, assert_same, flags, prior_flags, run, weights
+from training import BOFT, assert_same, flags, prior_flags, run, run_in_two, weights
 
 from finetuning.adapters.pipelines import (
     get_strengths,
@@ -256,3 +256,19 @@ def test_scripts_draw_merge_and_export(name, method, base, trained, tmp_path):
     theirs = stock(base(name), name)
     theirs.load_lora_weights(str(file))
     np.testing.assert_allclose(draw(theirs, name), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("sdxl-v", "sd3-without-t5")])
+def test_two_processes_train_as_one(name, base, photos, tmp_path):
+    """Also where the last layers of a text encoder or of a stream of tokens have no part in the loss."""
+    more = ["--boft_target_modules=all", "--max_train_steps=2", "--learning_rate=1e-4"]
+    more += ["--train_text_encoder"] if name in WITH_ENCODERS else []
+    assert run(*flags(base(name), photos, tmp_path / "one", *more)) == 0
+    assert run_in_two(*flags(base(name), photos, tmp_path / "two", *more, "--train_batch_size=1")) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=3e-4) for key in one)
+    losses = [
+        json.loads((tmp_path / place / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for place in ("one", "two")
+    ]
+    assert abs(losses[0] - losses[1]) < 1e-4

@@ -266,7 +266,7 @@ CASES = {
     # The base model
     "no model folder": (["--pretrained_model_name_or_path=./nowhere"], ["nowhere", "no such folder"]),
     "a file for a model": (
-        lambda case: [f"--pretrained_model_name_or_path={case.photos / '0.png'}"], ["is a file", "diffusers' format"],
+        lambda case: [f"--pretrained_model_name_or_path={case.photos / '0.png'}"], ["is no .safetensors file"],
     ),
     "a folder that is no model": (
         lambda case: [f"--pretrained_model_name_or_path={case.photos}"], ["no model_index.json"],

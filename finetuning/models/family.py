@@ -35,6 +35,7 @@ class Family(Protocol):
         scheduler: the model's own sampler; revision: branch or commit on the hub, None = main.
         is_told_guidance: whether the denoiser has an input for the scale of guidance.
         guidance: the scale that it is then told in training; 1 means none.
+        may_be_idle: whether a layer of a trained part may have no part in what is predicted.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family(Protocol):
     scheduler: SchedulerMixin
     revision: str | None
     is_told_guidance: bool
+    may_be_idle: bool
     guidance: float
 
     def part(self, name: str) -> torch.nn.Module:

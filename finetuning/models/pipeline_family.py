@@ -33,6 +33,8 @@ class PipelineFamily:
         settings_that_count: attributes that change what is computed, for the fingerprint.
         is_told_guidance: whether the denoiser has an input for the scale of guidance.
         guidance: the scale that it is then told in training.
+        may_be_idle: whether a layer of a trained part may have no part in what is predicted, as the last one of a CLIP
+            whose states before it are read.
         cuts_prompts: prompts that are too long for the text encoders are cut to what they read; otherwise an error.
     """
 
@@ -66,6 +68,7 @@ class PipelineFamily:
     settings_that_count: ClassVar[tuple[str, ...]] = ()
     cuts_prompts: bool = False
     is_told_guidance: bool = False
+    may_be_idle: ClassVar[bool] = True
     guidance: float = 1.0
 
     @cached_property

@@ -43,6 +43,7 @@ class StableDiffusion(UNetFamily):
     scheduler: SchedulerMixin
     noise_schedule: DDPMScheduler
 
+    may_be_idle: ClassVar[bool] = False
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     presets: ClassVar[dict[str, list[str]]] = UNET_PRESETS
 

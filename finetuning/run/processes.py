@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 
 from finetuning.errors import InputError
 from finetuning.run.allocator import keep_freed_memory
@@ -54,8 +55,16 @@ class Processes:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
 
-    def prepare_model(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Wrap a module for training in the run's precision, so that processes exchange its gradients."""
+    def prepare_model(self, module: torch.nn.Module, may_be_idle: bool = False) -> torch.nn.Module:
+        """Wrap a module for training in the run's precision, so that processes exchange its gradients.
+
+        Args:
+            module: in which something is trained, or nothing.
+            may_be_idle: whether some of what is trained may have no part in the loss. Several processes then look for
+                it in each step, which costs time.
+        """
+        if may_be_idle:
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return self.accelerator.prepare_model(module)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -126,7 +126,7 @@ class Training:
         To be called once, after everything that is computed only once, and before the first step.
         """
         for name, module in self._bare.items():
-            self._shared[name] = self.run.prepare_model(module)
+            self._shared[name] = self.run.prepare_model(module, self.base.may_be_idle)
             if name in self.adapters:
                 self._shared[name].train()
         self.optimizer = self.run.prepare_optimizer(self.optimizer)
