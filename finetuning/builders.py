@@ -319,8 +319,10 @@ def begin(training: Training, config: TrainerConfig, method: str, images: str) -
     """
     run, folder = training.run, training.checkpoints.folder
     if run.is_main:
+        is_new = training.first_step == 0
+        former = training.checkpoints.former_outputs(is_new)  # of another run, before this one's trackers write there
         trackers = build_trackers(config.tracking, config, folder, training.first_step)
-        training.checkpoints.begin(is_new=training.first_step == 0)
+        training.checkpoints.begin(is_new, former)
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / CONFIG)
         run.open_log(folder, trackers, training.first_step, training.state.weights)

@@ -126,6 +126,17 @@ def test_overwriting_leaves_nothing_of_the_former_run(result, output, toy_base):
     assert {path.name for path in output.iterdir()} == fresh
 
 
+def test_a_run_that_replaces_another_keeps_the_logs_that_it_opens_itself(result, toy_base, tmp_path):
+    output = tmp_path / "output"
+    arguments = flags(toy_base, result / "photos", output, *STEP, "--overwrite_output_dir")
+    arguments = [argument for argument in arguments if not argument.startswith("--report_to")]
+    assert run(*arguments, "--report_to=tensorboard") == 0
+    (first,) = (output / "logs").iterdir()
+    assert run(*arguments, "--report_to=tensorboard", "--seed=1") == 0
+    (second,) = (output / "logs").iterdir()
+    assert second.name != first.name and second.stat().st_size > 0
+
+
 def test_the_logs_of_the_former_run_lie_where_its_configuration_says(output):
     for name in ("boards/events.out.tfevents.1.host", "boards/mine.txt", "logs/events.out.tfevents.2.host"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)

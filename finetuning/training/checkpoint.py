@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,25 +108,38 @@ class Checkpoints:
             text = f"the disk is full: {error}" if isinstance(error, OSError) else str(error)
             raise SaveError(f"{text}; {last}; make room and give the same command with {FLAG}=latest") from error
 
-    def begin(self, is_new: bool) -> None:
+    def former_outputs(self, is_new: bool) -> dict[Path, int]:
+        """What `begin` would remove of a former run beside its checkpoints: {path: inode}, as it is there now."""
+        if not self.is_replaced:
+            return {}
+        results = [self.folder / name for name in results_in(self.folder)]
+        logs = logged_in(self.folder, _logging_dir(self.folder)) if is_new else []
+        return {path: path.lstat().st_ino for path in [*results, *judged_in(self.folder), *logs]}
+
+    def begin(self, is_new: bool, former: Mapping[Path, int] | None = None) -> None:
         """Prepare the folder for the run.
 
         Removes what a killed process left half-written, and before a run from the start all checkpoints. Where the
         folder is overwritten, the former run's results go with their scores, and its logs unless a checkpoint of
         elsewhere goes on. What no run has made stays, with the folder that it lies in.
+
+        Args:
+            is_new: whether the run starts from the beginning.
+            former: as `former_outputs` found it before this run opened its own logs, which stay. None = what is
+                there now.
         """
+        former = self.former_outputs(is_new) if former is None else former
         if is_new or self.is_replaced:
             for path in self.all():
                 remove_folder(path)
-        if self.is_replaced:
-            results = [self.folder / name for name in results_in(self.folder)]
-            logs = logged_in(self.folder, _logging_dir(self.folder)) if is_new else []
-            for path in [*results, *judged_in(self.folder), *logs]:
-                if path.is_dir() and not path.is_symlink():
-                    remove_folder(path)
-                else:
-                    path.unlink()
-                _remove_empty(path.parent, self.folder)
+        for path, inode in former.items():
+            if not os.path.lexists(path) or path.lstat().st_ino != inode:
+                continue  # this run has put its own there
+            if path.is_dir() and not path.is_symlink():
+                remove_folder(path)
+            else:
+                path.unlink()
+            _remove_empty(path.parent, self.folder)
         for path in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
