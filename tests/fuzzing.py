@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.settings.reading import run_command
 
-SECONDS = 60  # after which something hangs
+SECONDS = 180  # after which something hangs
 
 
 def digest(folder: Path) -> str:

@@ -42,7 +42,7 @@ from finetuning.settings.reading import read_config
 from toyworld.controls import Controls
 
 CASES = 150
-SECONDS = 20  # after which a case counts as a hang
+SECONDS = 180  # after which a case counts as a hang
 IMAGES = 4
 VALUES = [
     None, 0, 1.5, -1, True, [], {}, "", " ", ["a", "b"], ["a", 1], {"a": 1}, "a\u2028b", "\ud800", "é", "mug " * 99,
