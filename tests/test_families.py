@@ -218,7 +218,7 @@ def test_flags_that_mean_nothing_for_a_family_are_refused(name, base, photos, tm
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sd15"])
 def test_control_is_trained_on_stable_diffusion_alone(name, base, tmp_path, capsys):
     import train_controlnet
-    from finetuning.settings.fields import run_command
+    from finetuning.settings.reading import run_command
 
     arguments = ["--dataset_name=toyworld", "--conditioning=edges", "--max_train_steps=1"]
     arguments += [f"--pretrained_model_name_or_path={base(name)}", f"--output_dir={tmp_path / 'output'}"]

@@ -187,7 +187,8 @@ def test_training_uploads_at_its_end_and_keeps_the_token_to_itself(
     monkeypatch.setattr(sys, "argv", ["train_dreambooth.py", *more])  # which trackers like to keep
     monkeypatch.chdir(tmp_path)
     assert train(*flags(toy_base, photos, output, *more, adapter=())) == 0
-    assert hub.asked[0] == "/whoami-v2" and "/repos/create" in hub.asked and any("auth-check" in a for a in hub.asked)
+    asked = [place for place in hub.asked if place != "/agent-harnesses"]  # which the library asks for once a day
+    assert asked[0] == "/whoami-v2" and "/repos/create" in hub.asked and any("auth-check" in a for a in hub.asked)
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert {weights, "model_index.json", "README.md", "config.yaml", "comparison.png"} <= set(hub.files)
     assert hub.files[weights] == (output / weights).read_bytes()

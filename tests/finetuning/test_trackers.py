@@ -46,6 +46,15 @@ def test_neither_is_a_module_of_its_name(content, without_wandb):
         tracker_names("wandb")
 
 
+@pytest.fixture
+def forgotten_wandb():
+    """wandb keeps the first settings of a process for good, where later runs would find them."""
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
 NOBODY = "http://127.0.0.1:9"  # where no server listens
 
 
@@ -64,7 +73,7 @@ def everything_in(folder: Path, but: str) -> dict[str, bytes]:
     ids=["a bad key", "no network"],
 )
 def test_a_wandb_that_refuses_is_a_message_and_nothing_that_stood_is_touched(
-    environment, says, toy_base, photos, tmp_path, monkeypatch, capfd
+    environment, says, toy_base, photos, tmp_path, monkeypatch, forgotten_wandb, capfd
 ):
     pytest.importorskip("wandb")
     output = tmp_path / "output"
